@@ -1,0 +1,860 @@
+"""MaxSim and the PairDistill losses, fused: scores and gradients without the similarity matrix.
+
+A late-interaction score (ColBERT) of query b and passage n, over query tokens i and passage tokens t, is
+
+    s[b, n] = sum_i max_{t in n} q[b, i] . d[t]                                                  (forward)
+
+and with w(b, i, n) the token that wins the maximum, its gradients are sums of *rows*, one row a winner:
+
+    dL/dq[b, i] = sum_n dL/ds[b, n] d[w(b, i, n)]        dL/dd[t] = sum_{(b, i): w(b, i, n) = t} dL/ds[b, n] q[b, i]
+
+So one integer for each (b, i, n) is all that the backward pass needs. Eager PyTorch holds the similarities of every
+query token with every passage token, twice: at the paper's 32 queries x 2048 passages (32 query tokens, 180 passage
+tokens, bfloat16) that is 755 MB each for similarities and their gradient. Here they live in registers, and what
+reaches memory is 0.26 MB of scores and 2 to 8 MB of winners:
+
+                                    the columns: tokens of QUERIES queries
+                                    +--- query b ---+-- query b+1 --+ ...
+                          token 0   |               |               |
+    one program,          token 1   |    similarities of one tile   |     best  = max(best, tile)
+    one passage:             :      |    tl.dot(d_tile, q_tile^T)   | --> which = tile's number where it rose
+    its tokens are           :      |                               |     (elementwise, in registers)
+    the rows, in          token 63  |               |               |
+    tiles of BLOCK_T      ----------+---------------+---------------+
+                          token 64  |       the next tile ...       |
+                                    +---------------+---------------+
+    at the end, once:     max over rows -> winners; sum over each query's columns -> scores[b, n]
+
+The passages are ragged: d [T, E] holds all their tokens, offsets [N + 1] says where each begins. A tile that sticks
+out over the end of its passage reads the last token again, which cannot change a maximum, nor where it is first
+reached: no masking of similarities, and none of padding, because there is none. (Implementations that multiply
+padding by 0 score it above every negative similarity.) Passage tokens are the rows because Hopper's tensor-core
+instruction takes 64 rows at least, and a query alone has 32.
+
+The gradients use no atomic additions: each row of either gradient belongs to one program, which adds in a fixed order
+and writes once, in the input's type. Two runs give the same bits.
+
+Dimension key: B queries, K passages a query, N passages, P pairs a query, Q query tokens, T passage tokens (of all
+passages together; in a kernel, of one tile), E embedding, C columns = tokens of several queries, one after the other.
+A suffix is a shape: q_BQE is [B, Q, E].
+
+Check it: python -m pytest test_pairdistill.py -k maxsim; measure it: python bench.py; compile it without a GPU:
+python bench.py --compile.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton is for Linux; elsewhere the kernels below stay plain functions that nobody calls
+    triton = None
+
+    class tl:
+        constexpr = lambda value: value
+
+
+# ---- The reference: eager PyTorch ------------------------------------------------------------------------------------
+
+
+def maxsim_eager(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = None, paired: bool = False) -> Tensor:
+    """MaxSim as one would write it: pad the passages, hold all similarities, take the maximum."""
+    length_N, (B, N) = offsets.diff(), (len(q), len(offsets) - 1)
+    if len(d) == 0:
+        return (0 * (q.sum() + d.sum())).to(_sum_dtype(q.dtype)).expand(_scores_shape(B, N, paired))
+    position_L = torch.arange(int(length_N.max()), device=d.device)
+    d_NLE = d[(offsets[:-1, None] + position_L).clamp(max=len(d) - 1)]
+    return maxsim_padded(q, d_NLE, length_N, q_mask, paired, _sum_dtype(q.dtype))
+
+
+def maxsim_padded(q: Tensor, d_NLE: Tensor, length_N: Tensor, q_mask: Tensor | None, paired: bool,
+                  similarity_dtype: torch.dtype) -> Tensor:
+    """The same on passages that are padded already, with similarities in any type: what bench.py compares with."""
+    position_L = torch.arange(d_NLE.shape[1], device=q.device)
+    shape, sum_dtype = _scores_shape(len(q), len(d_NLE), paired), _sum_dtype(q.dtype)
+    q, d_NLE = q.to(similarity_dtype), d_NLE.to(similarity_dtype)
+    if paired:
+        length_N = length_N.view(shape)
+        sims = torch.einsum("bqe,bkle->bkql", q, d_NLE.unflatten(0, shape))
+    else:
+        sims = torch.einsum("bqe,nle->bnql", q, d_NLE)
+    sims = sims.masked_fill((position_L >= length_N[..., None])[..., None, :], -torch.inf)
+    best = torch.where((length_N > 0)[..., None], sims.max(-1).values, 0)  # an empty passage scores 0
+    if q_mask is not None:
+        best = torch.where(q_mask[:, None, :], best, 0)
+    return best.sum(-1, dtype=sum_dtype)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scores_shape(B: int, N: int, paired: bool) -> tuple[int, int]:
+    return (B, N // max(B, 1)) if paired else (B, N)
+
+
+# ---- The same, blockwise: what a CPU runs ----------------------------------------------------------------------------
+
+BLOCK_SIMILARITIES = 1 << 18  # held at a time: 1 MB in float32, so that they stay in a core's second-level cache
+
+
+def _blocks(offsets: Tensor, first: int, last: int, n_columns: int):
+    """Passages first to last - 1 that are not empty, sorted by length and cut into blocks: numbers n, tokens [n, L]."""
+    bounds = offsets[first : last + 1].tolist()
+    length = [end - start for start, end in zip(bounds, bounds[1:])]
+    order = sorted((n for n in range(last - first) if length[n]), key=length.__getitem__)
+    while order:
+        size = 1
+        while size < len(order) and (size + 1) * length[order[size]] * n_columns <= BLOCK_SIMILARITIES:
+            size += 1
+        block, order = order[:size], order[size:]
+        number_n = torch.tensor(block, device=offsets.device) + first
+        position_L = torch.arange(length[block[-1]], device=offsets.device)
+        yield number_n, torch.minimum(offsets[number_n, None] + position_L, offsets[number_n + 1, None] - 1)
+
+
+def _blockwise_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, paired: bool, save: bool,
+                       max_length: int | None) -> tuple[Tensor, Tensor | None]:
+    """Scores, and winners [N, C] as positions in their passage, where C = Q columns (paired) or B * Q."""
+    (B, Q, E), N = q.shape, len(offsets) - 1
+    K, dtype = N // max(B, 1), _sum_dtype(q.dtype)
+    longest = int(offsets.diff().max()) if N else 0
+    _expect(max_length is None or longest <= max_length, f"max_length is {max_length}, but a passage has {longest} tokens")
+    # Own blocks: one query with its K passages at a time. All pairs: all queries with all passages.
+    groups = [(slice(b, b + 1), b * K, b * K + K) for b in range(B)] if paired else [(slice(0, B), 0, N)]
+    scores_NG = q.new_zeros(N, 1 if paired else B, dtype=dtype)
+    winners_NC = q.new_zeros(N, Q if paired else B * Q, dtype=_winner_dtype(longest)) if save else None
+    for queries, first, last in groups:
+        q_EC = q[queries].reshape(-1, E).to(dtype).T
+        for number_n, token_nL in _blocks(offsets, first, last, q_EC.shape[1]):
+            n, L = token_nL.shape
+            sims_nLC = (d.index_select(0, token_nL.flatten()).to(dtype) @ q_EC).view(n, L, -1)
+            best_nC = sims_nLC.amax(1)
+            if save:
+                # The first row that holds the maximum, in float arithmetic, which is vectorized on a CPU (max with
+                # indices is not, and costs half as much as the product): 1 where it is, times a weight that falls.
+                falling_L1 = torch.arange(L, 0, -1, dtype=dtype, device=q.device)[:, None]
+                winner_nC = L - sims_nLC.eq_(best_nC[:, None]).mul_(falling_L1).amax(1)
+                last_n1 = (offsets[number_n + 1] - offsets[number_n] - 1)[:, None]
+                winners_NC[number_n] = torch.minimum(winner_nC, last_n1).to(winners_NC.dtype)
+            best_nGQ = best_nC.view(n, -1, Q)
+            if q_mask is not None:
+                best_nGQ = best_nGQ.masked_fill(~q_mask[queries], 0)
+            scores_NG[number_n] = best_nGQ.sum(-1)
+    return (scores_NG.view(B, K) if paired else scores_NG.T.contiguous()), winners_NC
+
+
+def _winner_dtype(longest: int) -> torch.dtype:
+    return torch.uint8 if longest <= 256 else torch.int16 if longest <= 32768 else torch.int32
+
+
+def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None,
+                        winners_NC: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    """Both gradients as weighted sums of rows: torch's embedding_bag, which adds in a fixed order."""
+    (B, Q, E), T, (N, C) = q.shape, len(d), winners_NC.shape
+    if T == 0 or N == 0 or C == 0:
+        return torch.zeros_like(q), torch.zeros_like(d)
+    dtype = _sum_dtype(q.dtype)
+    token_NC = (offsets[:-1, None] + winners_NC.long()).clamp_(max=T - 1)
+    row_NC = torch.arange(B * Q, device=q.device).view(-1, C).repeat_interleave(N // B if paired else N, 0)
+    weight_N1or_B = grad_scores.reshape(N, 1) if paired else grad_scores.T
+    weight_NC = (weight_N1or_B * (offsets.diff() > 0)[:, None]).to(dtype).repeat_interleave(Q, 1)
+    if q_mask is not None:
+        weight_NC = weight_NC * q_mask.flatten()[row_NC]
+    # A bag for each query token: the passage tokens that it chose.
+    token_RN, weight_RN = (x.view(-1, N // B if paired else N, C).transpose(1, 2).reshape(B * Q, -1)
+                           for x in (token_NC, weight_NC))
+    grad_q = F.embedding_bag(token_RN, d.to(dtype), mode="sum", per_sample_weights=weight_RN)
+    # A bag for each passage token: the query tokens that chose it, which a stable sort brings together.
+    token, order = token_NC.flatten().sort(stable=True)
+    bag_starts_T = torch.searchsorted(token, torch.arange(T, device=d.device))
+    grad_d = F.embedding_bag(row_NC.flatten()[order], q.reshape(-1, E).to(dtype), bag_starts_T, mode="sum",
+                             per_sample_weights=weight_NC.flatten()[order])
+    return grad_q.view_as(q).to(q.dtype), grad_d.to(d.dtype)
+
+
+# ---- The kernels: Triton ---------------------------------------------------------------------------------------------
+# A kernel is a function that many programs run at once, each with its own program_id; tl.load and tl.store take a
+# tensor of addresses. Sizes that are tl.constexpr are known when the kernel is compiled, the others when it is
+# launched. SIZES names those of the latter kind, for which Triton should not compile a new kernel at each value.
+
+SIZES = ["B", "Q", "N", "K", "P", "width", "max_length", "first_query", "n_queries", "n_labelled", "n_pairs"]
+
+
+def _kernel(function):
+    if triton is None:
+        return function
+    return triton.jit(do_not_specialize=[name for name in SIZES if name in function.__code__.co_varnames])(function)
+
+
+INTERPRETED = tl.constexpr(triton is not None and triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: NumPy, on a CPU
+FAR = tl.constexpr(-1e30)  # for scores that are not there: its exponential is 0, and a difference of two is no NaN
+
+
+@_kernel
+def _dot(a, b):
+    """a @ b in b's type, with sums in float32; of float32 in float32, not in the tensor cores' shorter tf32."""
+    if INTERPRETED:  # NumPy has no bfloat16: the interpreter would multiply its bits as integers
+        b = b.to(tl.float32)
+    return tl.dot(a.to(b.dtype), b, input_precision="ieee")
+
+
+@_kernel
+def _forward_kernel(
+    q_ptr,  # [B, Q, E], float
+    d_ptr,  # [T, E], float
+    offsets_ptr,  # [N + 1], int32
+    mask_ptr,  # [B, Q], uint8; read if MASKED
+    scores_ptr,  # [B, N], float32, out; PAIRED: [B, K], that is [N]
+    winners_ptr,  # [N, C], integer, out if SAVE: C = B * Q columns; PAIRED: C = Q
+    B, Q, N, K, max_length,
+    E: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, SAVE: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):
+    # Locate: one passage, QUERIES queries (PAIRED: the one it belongs to). Neighbours share the passage, hence the cache.
+    groups = 1 if PAIRED else tl.cdiv(B, QUERIES)
+    n = tl.program_id(0) // groups
+    first = n // K if PAIRED else tl.program_id(0) % groups * QUERIES
+    n = n.to(tl.int64)  # N * B * Q and T * E may pass 2^31; divisions stay in 32 bits, where they are fast
+    start, end = tl.load(offsets_ptr + n), tl.load(offsets_ptr + n + 1)
+    tile_T, e_E = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    column_C = tl.arange(0, QUERIES * BLOCK_Q)
+    b_C = first + column_C // BLOCK_Q
+
+    scores = tl.zeros([QUERIES], tl.float32)
+    for q0 in range(0, Q, BLOCK_Q):  # once, unless the query is long
+        position_C = q0 + column_C % BLOCK_Q
+        row_C = b_C * Q + position_C
+        inside_C = (b_C < B) & (position_C < Q)
+        live_C = inside_C
+        if MASKED:
+            live_C = inside_C & (tl.load(mask_ptr + row_C, mask=inside_C, other=0) != 0)
+        q_CE = tl.load(q_ptr + row_C.to(tl.int64)[:, None] * E + e_E, mask=live_C[:, None] & (e_E < E), other=0.0)
+
+        # Compute: the running maximum stays elementwise; reducing each tile across threads would cost more than it.
+        best_TC = tl.full([BLOCK_T, QUERIES * BLOCK_Q], float("-inf"), tl.float32)
+        from_TC = tl.zeros([BLOCK_T, QUERIES * BLOCK_Q], tl.int32)
+        for t in range(start, end, BLOCK_T):
+            token_T = tl.minimum(t + tile_T, end - 1).to(tl.int64)
+            d_TE = tl.load(d_ptr + token_T[:, None] * E + e_E, mask=e_E < E, other=0.0)
+            sims_TC = _dot(d_TE, tl.trans(q_CE))
+            if SAVE:
+                from_TC = tl.where(sims_TC > best_TC, t, from_TC)
+            best_TC = tl.maximum(best_TC, sims_TC)
+
+        # Reduce: over the rows, to each column's maximum and the lowest token that has it; then over each query.
+        best_C = tl.max(best_TC, 0)
+        if SAVE:
+            token_C = tl.min(tl.where(best_TC == best_C, from_TC + tile_T[:, None], end), 0)
+            winner_C = tl.minimum(token_C, end - 1) - start
+            column = position_C if PAIRED else row_C
+            stride = Q if PAIRED else B * Q
+            tl.store(winners_ptr + n * stride + column, winner_C, mask=inside_C & (start < end))
+        best_C = tl.where(live_C & (start < end), best_C, 0.0)
+        scores += tl.sum(tl.reshape(best_C, [QUERIES, BLOCK_Q]), 1)
+
+    # Store. A passage longer than it was said to be has winners that did not fit their type: it must not go unnoticed.
+    scores = tl.where(end - start <= max_length, scores, float("nan"))
+    b = first + tl.arange(0, QUERIES)
+    tl.store(scores_ptr + (n if PAIRED else b * N.to(tl.int64) + n) + tl.zeros_like(b), scores, mask=b < B)
+
+
+# The passages' gradient, dL/dd[t] = sum over the columns (b, i) that t wins of dL/ds[b, n] q[b, i], is a product again:
+# [tokens, columns] @ [columns, E], where the left side has dL/ds[b, n] where the column's winner is the row, else 0.
+# It is made in registers from the winners, and the tensor cores do the rest. One program owns a passage's rows.
+
+
+@_kernel
+def _backward_passages_kernel(
+    q_ptr,  # [B, Q, E], float
+    offsets_ptr,  # [N + 1], int32
+    mask_ptr,  # [B, Q], uint8; read if MASKED
+    winners_ptr,  # [N, C], integer
+    grad_scores_ptr,  # [B, N], float32
+    grad_d_ptr,  # [T, E], float, out
+    B, Q, N, K,
+    E: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):
+    n = tl.program_id(0)
+    first_row = n // K * Q if PAIRED else 0
+    columns = Q if PAIRED else B * Q
+    n = n.to(tl.int64)
+    start, end = tl.load(offsets_ptr + n), tl.load(offsets_ptr + n + 1)
+    tile_C, e_E = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
+
+    for t in range(start, end, BLOCK_T):
+        token_T = t + tl.arange(0, BLOCK_T)
+        grad_TE = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+        for c in range(0, columns, BLOCK_C):
+            column_C = c + tile_C
+            row_C = first_row + column_C
+            live_C = column_C < columns
+            if MASKED:
+                live_C = live_C & (tl.load(mask_ptr + row_C, mask=live_C, other=0) != 0)
+            winner_C = start + tl.load(winners_ptr + n * columns + column_C, mask=live_C, other=0).to(tl.int32)
+            score_C = n + column_C * 0 if PAIRED else (row_C // Q).to(tl.int64) * N + n
+            weight_C = tl.load(grad_scores_ptr + score_C, mask=live_C, other=0.0)
+            q_CE = tl.load(q_ptr + row_C.to(tl.int64)[:, None] * E + e_E, mask=live_C[:, None] & (e_E < E), other=0.0)
+            largest = 1.0
+            if q_CE.dtype == tl.float16:  # a scaled loss leaves float16's range: divide before, multiply after
+                largest = tl.max(tl.abs(weight_C), 0)
+                largest = tl.where(largest > 0, largest, 1.0)
+            weight_TC = tl.where(winner_C == token_T[:, None], weight_C / largest, 0.0)
+            grad_TE += _dot(weight_TC, q_CE) * largest
+        address_TE = token_T.to(tl.int64)[:, None] * E + e_E
+        tl.store(grad_d_ptr + address_TE, grad_TE.to(grad_d_ptr.dtype.element_ty), mask=(token_T < end)[:, None] & (e_E < E))
+
+
+# The queries' gradient, dL/dq[b, i] = sum_n dL/ds[b, n] d[w(b, i, n)], gathers one row of d for each passage. One
+# program owns one query token; it adds BLOCK_N passages at a time, elementwise, and sums over those at the end.
+
+
+@_kernel
+def _backward_queries_kernel(
+    d_ptr,  # [T, E], float
+    offsets_ptr,  # [N + 1], int32
+    mask_ptr,  # [B, Q], uint8; read if MASKED
+    winners_ptr,  # [N, C], integer
+    grad_scores_ptr,  # [B, N], float32
+    grad_q_ptr,  # [B, Q, E], float, out
+    B, Q, N, K,
+    E: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):
+    row = tl.program_id(0)
+    b = row // Q
+    first, last = (b * K, b * K + K) if PAIRED else (0, N)
+    columns, column = (Q, row % Q) if PAIRED else (B * Q, row)
+    if MASKED:
+        last = tl.where(tl.load(mask_ptr + row) != 0, last, first)
+    e_E = tl.arange(0, BLOCK_E)
+
+    grad_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    for n0 in range(first, last, BLOCK_N):
+        n_N = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
+        start_N = tl.load(offsets_ptr + n_N, mask=n_N < last, other=0)
+        live_N = start_N < tl.load(offsets_ptr + n_N + 1, mask=n_N < last, other=0)
+        winner_N = tl.load(winners_ptr + n_N * columns + column, mask=live_N, other=0)
+        weight_N = tl.load(grad_scores_ptr + (n_N if PAIRED else b.to(tl.int64) * N + n_N), mask=live_N, other=0.0)
+        token_N = (start_N + winner_N.to(tl.int32)).to(tl.int64)
+        d_NE = tl.load(d_ptr + token_N[:, None] * E + e_E, mask=live_N[:, None] & (e_E < E), other=0.0)
+        grad_NE += weight_N[:, None] * d_NE.to(tl.float32)
+    grad_E = tl.sum(grad_NE, 0)
+    tl.store(grad_q_ptr + row.to(tl.int64) * E + e_E, grad_E.to(grad_q_ptr.dtype.element_ty), mask=e_E < E)
+
+
+# ---- The loss head ---------------------------------------------------------------------------------------------------
+
+
+class Losses(NamedTuple):
+    """total = cl + lambda_kd * kd + lambda_pair * pair, each a scalar."""
+
+    total: Tensor
+    cl: Tensor
+    kd: Tensor
+    pair: Tensor
+
+
+class LossOptions(NamedTuple):
+    """The keywords of pairdistill_loss, which explains them."""
+
+    tau: float
+    lambda_kd: float
+    lambda_pair: float
+    pair_reduction: str
+    first_query: int
+    n_queries: int | None
+    n_labelled: int | None
+    n_pairs: int | None
+
+
+def _losses_eager(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Tensor, positive: Tensor | None,
+                  options: LossOptions) -> Losses:
+    """The losses as the paper writes them."""
+    B, K = teacher.shape
+    teacher, pair_probs = teacher.detach().to(scores.dtype), pair_probs.detach().to(scores.dtype)
+    in_batch = scores.shape[1] != K
+    column_BK = torch.arange(K, device=scores.device).expand(B, K)
+    if in_batch:
+        column_BK = column_BK + K * (options.first_query + torch.arange(B, device=scores.device))[:, None]
+    own_BK = scores.gather(1, column_BK)
+    n_queries = B if options.n_queries is None else options.n_queries
+
+    # Section 3.1: L_CL = -log exp s(q, d+) / sum over D' of exp s(q, d), D' being d+ and the other queries' passages.
+    # PAPER: D' is "the positive and negative examples". As in ColBERTv2, the own hard negatives are left to L_KD.
+    cl = scores.new_zeros(())
+    if positive is not None:
+        labelled_B = positive >= 0
+        positive_B1 = own_BK.gather(1, positive.long().clamp(min=0)[:, None])
+        others_BN = scores.scatter(1, column_BK, -torch.inf) if in_batch else own_BK
+        candidates = torch.cat([positive_B1, others_BN], 1) if in_batch else own_BK
+        cl_B = torch.where(labelled_B, candidates.logsumexp(1) - positive_B1[:, 0], 0)
+        cl = _mean(cl_B, labelled_B.sum() if options.n_labelled is None else options.n_labelled)
+
+    # Section 3.3: L_KD = 1/|B| sum_q KL(P_point || P), P_point = softmax(teacher / tau); xlogy has 0 log 0 = 0.
+    point_BK = (teacher / options.tau).softmax(1)
+    kd_BK = torch.xlogy(point_BK, point_BK) - point_BK * own_BK.log_softmax(1)
+    kd = _mean(kd_BK, n_queries)
+
+    # Section 4.2: L_pair = KL(P_pair || P), both outcomes; the softmax over two scores is a sigmoid of their difference.
+    valid_BP = pairs[..., 0] >= 0
+    i_BP, j_BP = pairs.long().clamp(min=0).unbind(-1)
+    margin_BP = own_BK.gather(1, i_BP) - own_BK.gather(1, j_BP)
+    p_BP = torch.where(valid_BP, pair_probs, 0.5)
+    kl_BP = (torch.xlogy(p_BP, p_BP) - p_BP * F.logsigmoid(margin_BP)
+             + torch.xlogy(1 - p_BP, 1 - p_BP) - (1 - p_BP) * F.logsigmoid(-margin_BP))
+    # PAPER: a sum over a query's pairs ("sum"). The authors' code, and lambda_pair = 3, take the mean over all pairs.
+    n_pairs = valid_BP.sum() if options.n_pairs is None else options.n_pairs
+    pair = _mean(torch.where(valid_BP, kl_BP, 0), n_pairs if options.pair_reduction == "mean" else n_queries)
+    return Losses(cl + options.lambda_kd * kd + options.lambda_pair * pair, cl, kd, pair)
+
+
+def _mean(terms: Tensor, count: int | Tensor) -> Tensor:
+    """terms' sum / count; with a count of 0 there are no terms, and the mean is 0."""
+    return terms.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+# The same in one launch, with the gradients beside the losses. With p the student's distribution and sigma a sigmoid,
+#
+#     dL_CL/ds_k = p_k - [k is the positive]      dL_KD/ds_k = p_k - P_point,k      dL_pair/ds_i = sigma(s_i - s_j) - P_pair
+#
+# and dL_pair/ds_j the negative of it. A program owns a query's row of scores, so a pair adds to its two positions by
+# comparison with every position, not by an atomic addition.
+
+
+@_kernel
+def _head_kernel(
+    scores_ptr,  # [B, width], float32: width = K, the own block, or K times all queries, own block among them
+    teacher_ptr,  # [B, K], float32
+    pairs_ptr,  # [B, P, 2], int32
+    probs_ptr,  # [B, P], float32
+    positive_ptr,  # [B], int32
+    losses_ptr,  # [4, B], float32, out: total, cl, kd, pair, each query's share
+    grad_ptr,  # [B, width], float32, out: of the total
+    B, K, P, width, first_query, n_queries, n_labelled, n_pairs,  # a count of -1: to be counted here
+    inverse_tau, weight_cl, weight_kd, weight_pair,
+    OWN: tl.constexpr, PAIR_SUM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    own = b * 0 if OWN else (first_query + b) * K
+    scores_ptr += b * width
+    grad_ptr += b * width
+    block = tl.arange(0, BLOCK)
+    k_K = tl.arange(0, BLOCK_K)
+    if n_labelled < 0:
+        n_labelled = 0
+        for b0 in range(0, B, BLOCK):
+            label = tl.load(positive_ptr + b0 + block, mask=b0 + block < B, other=-1)
+            n_labelled += tl.sum((label >= 0).to(tl.int32), 0)
+    if n_pairs < 0:
+        n_pairs = 0
+        for p0 in range(0, B * P, BLOCK):
+            i = tl.load(pairs_ptr + 2 * (p0 + block), mask=p0 + block < B * P, other=-1)
+            n_pairs += tl.sum((i >= 0).to(tl.int32), 0)
+
+    # L_KD
+    own_K = tl.load(scores_ptr + own + k_K, mask=k_K < K, other=FAR)
+    shifted_K = own_K - tl.max(own_K, 0)
+    normalizer = tl.log(tl.sum(tl.exp(shifted_K), 0))
+    student_K = tl.exp(shifted_K - normalizer)
+    point_K = tl.load(teacher_ptr + b * K + k_K, mask=k_K < K, other=FAR) * inverse_tau
+    point_K -= tl.max(point_K, 0)
+    log_point_K = point_K - tl.log(tl.sum(tl.exp(point_K), 0))
+    point_K = tl.exp(log_point_K)
+    per_query = 1.0 / tl.maximum(n_queries, 1)
+    kd = tl.sum(tl.where(point_K > 0, point_K * (log_point_K - shifted_K + normalizer), 0.0), 0) * per_query
+    grad_K = weight_kd * per_query * (student_K - point_K)
+
+    # L_pair
+    per_pair = per_query if PAIR_SUM else 1.0 / tl.maximum(n_pairs, 1)
+    pair_P = tl.zeros([BLOCK_P], tl.float32)
+    for p0 in range(0, P, BLOCK_P):
+        pair = b * P + p0 + tl.arange(0, BLOCK_P)
+        inside = p0 + tl.arange(0, BLOCK_P) < P
+        i_P = tl.load(pairs_ptr + 2 * pair, mask=inside, other=-1)
+        j_P = tl.load(pairs_ptr + 2 * pair + 1, mask=inside, other=-1)
+        valid_P = i_P >= 0
+        prob_P = tl.load(probs_ptr + pair, mask=valid_P, other=0.5)
+        margin_P = (tl.load(scores_ptr + own + i_P, mask=valid_P, other=0.0)
+                    - tl.load(scores_ptr + own + j_P, mask=valid_P, other=0.0))
+        # p (log p - log sigma(x)) + (1 - p) (log(1 - p) - log sigma(-x)) = softplus(x) - p x - H(p)
+        small_P = tl.exp(-tl.abs(margin_P))  # the exponential that cannot overflow
+        softplus_P = tl.maximum(margin_P, 0.0) + tl.log(1.0 + small_P)
+        sigmoid_P = tl.where(margin_P > 0, 1.0, small_P) / (1.0 + small_P)
+        negative_entropy_P = (prob_P * tl.log(tl.where(prob_P > 0, prob_P, 1.0))
+                              + (1 - prob_P) * tl.log(tl.where(prob_P < 1, 1 - prob_P, 1.0)))
+        pair_P += tl.where(valid_P, softplus_P - prob_P * margin_P + negative_entropy_P, 0.0)
+        grad_P = tl.where(valid_P, weight_pair * per_pair * (sigmoid_P - prob_P), 0.0)
+        signs_PK = (i_P[:, None] == k_K).to(tl.float32) - (j_P[:, None] == k_K).to(tl.float32)
+        grad_K += tl.sum(signs_PK * grad_P[:, None], 0)
+    pair = tl.sum(pair_P, 0) * per_pair
+
+    # L_CL: the log of the sum is kept as (largest, sum of exp(score - largest)) per thread while columns stream by.
+    label = tl.load(positive_ptr + b)
+    per_label = tl.where(label >= 0, 1.0 / tl.maximum(n_labelled, 1), 0.0)
+    score = tl.load(scores_ptr + own + tl.maximum(label, 0))
+    if OWN:
+        lse = tl.max(own_K, 0) + normalizer
+        grad_K += weight_cl * per_label * (student_K - (k_K == label).to(tl.float32))
+    else:
+        largest = tl.full([BLOCK], FAR, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for c0 in range(0, width, BLOCK):
+            column = c0 + block
+            other = (column < width) & ((column < own) | (column >= own + K))
+            s = tl.load(scores_ptr + column, mask=other, other=FAR)
+            raised = tl.maximum(largest, s)
+            total = total * tl.exp(largest - raised) + tl.where(other, tl.exp(s - raised), 0.0)
+            largest = raised
+        top = tl.maximum(tl.max(largest, 0), score)
+        lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0) + tl.exp(score - top))
+        for c0 in range(0, width, BLOCK):
+            column = c0 + block
+            other = (column < width) & ((column < own) | (column >= own + K))
+            s = tl.load(scores_ptr + column, mask=other, other=FAR)
+            tl.store(grad_ptr + column, weight_cl * per_label * tl.exp(s - lse), mask=other)
+        grad_K += tl.where(k_K == label, weight_cl * per_label * (tl.exp(score - lse) - 1), 0.0)
+    cl = per_label * (lse - score)
+
+    tl.store(grad_ptr + own + k_K, grad_K, mask=k_K < K)
+    tl.store(losses_ptr + b, weight_cl * cl + weight_kd * kd + weight_pair * pair)
+    tl.store(losses_ptr + B + b, cl)
+    tl.store(losses_ptr + 2 * B + b, kd)
+    tl.store(losses_ptr + 3 * B + b, pair)
+
+
+# ---- Launches --------------------------------------------------------------------------------------------------------
+# Tiles, warps and pipeline stages. A table, because an autotuner stalls for seconds at each new shape; none of its
+# rows spills registers (`python bench.py --compile`), and `python bench.py --tune` measures them again.
+
+LAUNCH = {
+    # (compute capability, or 0 for any other; bytes an element; dim up to):
+    # (forward's BLOCK_T, columns, warps, stages), (passages' BLOCK_T, BLOCK_C, warps, stages), (queries' BLOCK_N, warps)
+    (9, 2, 128): ((64, 128, 4, 3), (64, 64, 4, 2), (32, 4)),
+    (8, 2, 128): ((64, 128, 8, 3), (64, 64, 8, 2), (32, 4)),
+    (0, 2, 128): ((64, 128, 8, 3), (64, 64, 8, 3), (32, 4)),
+    (0, 2, 256): ((64, 64, 8, 2), (64, 64, 8, 2), (16, 4)),
+    (0, 2, 512): ((32, 32, 8, 2), (16, 32, 8, 2), (8, 4)),
+    (0, 2, 1024): ((16, 16, 4, 2), (16, 16, 8, 2), (8, 4)),
+    (0, 4, 128): ((32, 64, 8, 3), (32, 64, 8, 2), (16, 4)),
+    (0, 4, 256): ((32, 32, 8, 2), (16, 32, 8, 2), (8, 4)),
+    (0, 4, 512): ((16, 16, 8, 2), (16, 16, 8, 1), (8, 4)),
+    (0, 4, 1024): ((16, 16, 8, 2), (16, 16, 8, 1), (4, 4)),
+}
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def launch_options(q_shape: tuple[int, ...], element_size: int, paired: bool, capability: int) -> tuple[dict, ...]:
+    """Keyword arguments of the three kernels above: what shape, type and the table decide."""
+    B, Q, E = q_shape
+    block_e = max(_power_of_2(E), 16)
+    key = (element_size, max(block_e, 128))
+    forward, passages, queries = LAUNCH.get((capability, *key)) or LAUNCH[0, *key]
+    n_queries = 1 if paired else min(_power_of_2(B), max(forward[1] // _power_of_2(Q), 1))
+    block_q = max(min(_power_of_2(Q), forward[1]), 16 // n_queries)  # tl.dot takes 16 columns at least
+    block_c = min(passages[1], max(_power_of_2(Q if paired else B * Q), 16))
+    common = {"E": E, "BLOCK_E": block_e, "PAIRED": paired}
+    return (
+        common | {"QUERIES": n_queries, "BLOCK_Q": block_q, "BLOCK_T": forward[0], "num_warps": forward[2], "num_stages": forward[3]},
+        common | {"BLOCK_C": block_c, "BLOCK_T": passages[0], "num_warps": passages[2], "num_stages": passages[3]},
+        common | {"BLOCK_N": queries[0], "num_warps": queries[1]},
+    )
+
+
+def head_options(K: int, P: int, width: int, pair_reduction: str) -> dict:
+    """Keyword arguments of the loss head. A tile [BLOCK_P, BLOCK_K] spreads the pairs over the block's positions."""
+    block_k = _power_of_2(K)
+    block_p = max(min(_power_of_2(P), 1024 // block_k), 1)
+    return {"OWN": width == K, "PAIR_SUM": pair_reduction == "sum", "BLOCK_K": block_k, "BLOCK_P": block_p, "BLOCK": 512}
+
+
+def _capability(tensor: Tensor) -> int:
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 0
+
+
+def _on(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _triton_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, paired: bool, save: bool,
+                    max_length: int | None) -> tuple[Tensor, Tensor | None]:
+    (B, Q, _), N = q.shape, len(offsets) - 1
+    K = N // max(B, 1)
+    max_length = len(d) if max_length is None else max_length
+    scores = torch.empty(_scores_shape(B, N, paired), dtype=torch.float32, device=q.device)
+    winners = torch.empty(N, Q if paired else B * Q, dtype=_winner_dtype(max_length), device=q.device) if save else None
+    configuration = launch_options(q.shape, q.element_size(), paired, _capability(q))[0]
+    programs = N * (1 if paired else -(-B // configuration["QUERIES"]))
+    if programs:
+        with _on(q):
+            _forward_kernel[(programs,)](
+                q, d, offsets, q if q_mask is None else q_mask.view(torch.uint8), scores, scores if winners is None else winners,
+                B, Q, N, K, max_length, MASKED=q_mask is not None, SAVE=save, **configuration)
+    return scores, winners
+
+
+def _triton_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, winners: Tensor,
+                     paired: bool) -> tuple[Tensor, Tensor]:
+    (B, Q, _), N = q.shape, len(offsets) - 1
+    _, passages, queries = launch_options(q.shape, q.element_size(), paired, _capability(q))
+    sizes = (B, Q, N, N // max(B, 1))
+    masked, mask = q_mask is not None, q if q_mask is None else q_mask.view(torch.uint8)
+    grad_q, grad_d = torch.empty_like(q), torch.empty_like(d)
+    with _on(q):
+        if N:
+            _backward_passages_kernel[(N,)](q, offsets, mask, winners, grad_scores, grad_d, *sizes, MASKED=masked, **passages)
+        if B * Q:
+            _backward_queries_kernel[(B * Q,)](d, offsets, mask, winners, grad_scores, grad_q, *sizes, MASKED=masked, **queries)
+    return grad_q, grad_d
+
+
+def _triton_head(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Tensor, positive: Tensor | None,
+                 options: LossOptions, weights: tuple[float, float, float] | None = None) -> tuple[Tensor, Tensor]:
+    """[total, cl, kd, pair] and d total / d scores, where weights are those of cl, kd and pair in the total."""
+    (B, K), P, width = teacher.shape, pairs.shape[1], scores.shape[1]
+    if positive is None:
+        positive = torch.full((B,), -1, dtype=torch.int32, device=scores.device)
+    losses, grad = torch.empty(4, B, device=scores.device), torch.empty(B, width, device=scores.device)
+    counts = [-1 if count is None else count for count in (options.n_labelled, options.n_pairs)]
+    if B:
+        with _on(scores):
+            _head_kernel[(B,)](
+                *_contiguous(scores, teacher.detach().float(), pairs.int(), pair_probs.detach().float(), positive.int()),
+                losses, grad,
+                B, K, P, width, options.first_query, B if options.n_queries is None else options.n_queries, *counts,
+                1 / options.tau, *(weights or (1.0, options.lambda_kd, options.lambda_pair)),
+                **head_options(K, P, width, options.pair_reduction))
+    return losses.sum(1), grad
+
+
+# ---- Autograd --------------------------------------------------------------------------------------------------------
+
+
+class _MaxSim(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, d, offsets, q_mask, paired, max_length, backend):
+        ctx.paired, ctx.backend = paired, backend
+        forward = _triton_forward if backend == "triton" else _blockwise_forward
+        scores, winners = forward(q, d, offsets, q_mask, paired, any(ctx.needs_input_grad), max_length)
+        ctx.save_for_backward(q, d, offsets, q_mask, winners)
+        return scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_scores):
+        backward = _triton_backward if ctx.backend == "triton" else _blockwise_backward
+        return *backward(grad_scores.contiguous(), *ctx.saved_tensors, ctx.paired), None, None, None, None, None
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, teacher, pairs, pair_probs, positive, options):
+        losses, grad = _triton_head(scores, teacher, pairs, pair_probs, positive, options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scores, teacher, pairs, pair_probs, positive, grad)
+        ctx.options = options
+        return tuple(losses.unbind())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, *grad_terms):
+        *inputs, grad = ctx.saved_tensors
+        grad_scores = None if grad_total is None else grad_total * grad
+        for i, grad_term in enumerate(grad_terms):  # rare: somebody looks at one term's gradient
+            if grad_term is not None:
+                only_this = tuple(float(i == j) for j in range(3))
+                grad_of_term = grad_term * _triton_head(*inputs, ctx.options, only_this)[1]
+                grad_scores = grad_of_term if grad_scores is None else grad_scores + grad_of_term
+        return grad_scores, None, None, None, None, None
+
+
+class _Objective(torch.autograd.Function):
+    """MaxSim, the losses and their gradient in the scores; the backward pass starts from that gradient."""
+
+    @staticmethod
+    def forward(ctx, q, d, offsets, q_mask, teacher, pairs, pair_probs, positive, options, paired, max_length, backend):
+        save = any(ctx.needs_input_grad)
+        if backend == "triton":
+            scores, winners = _triton_forward(q, d, offsets, q_mask, paired, save, max_length)
+            losses, grad = _triton_head(scores, teacher, pairs, pair_probs, positive, options)
+        else:
+            scores, winners = _blockwise_forward(q, d, offsets, q_mask, paired, save, max_length)
+            with torch.enable_grad():
+                losses = _losses_eager(scores.requires_grad_(), teacher, pairs, pair_probs, positive, options)
+                (grad,) = torch.autograd.grad(losses.total, scores)
+            losses = torch.stack(losses).detach()
+        ctx.save_for_backward(q, d, offsets, q_mask, winners, grad)
+        ctx.paired, ctx.backend = paired, backend
+        total, *terms = losses.unbind()
+        ctx.mark_non_differentiable(*terms)
+        return total, *terms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, *_):
+        *inputs, grad = ctx.saved_tensors
+        backward = _triton_backward if ctx.backend == "triton" else _blockwise_backward
+        return *backward(grad_total * grad, *inputs, ctx.paired), *[None] * 10
+
+
+# ---- What other files call -------------------------------------------------------------------------------------------
+
+
+def maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = None, backend: str = "auto", *,
+           max_length: int | None = None) -> Tensor:
+    """Scores of every query with every passage, float32 [B, N]; differentiable in q and d.
+
+    q [B, Q, E], d [T, E]: float32, float16 or bfloat16, sums in float32 (float64 where the backend is not triton).
+    offsets int32 [N + 1], passage n is d[offsets[n]:offsets[n + 1]]; an empty one scores 0, with zero gradient.
+    q_mask bool [B, Q]: False adds 0 to the score. A tie goes to the lowest token.
+    max_length: a bound on the passages' lengths, where the caller knows one: the saved winners take 1 or 2 bytes each
+    instead of 4, and a passage that breaks the bound scores NaN (on a CPU: ValueError).
+    backend: "triton" (CUDA, or TRITON_INTERPRET=1), "torch" (blockwise; on CUDA it synchronizes), "eager" (the
+    reference), "auto" (triton on CUDA, torch on a CPU).
+    """
+    return _maxsim(q, d, offsets, q_mask, backend, max_length, paired=False)
+
+
+def maxsim_paired(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = None, backend: str = "auto", *,
+                  max_length: int | None = None) -> Tensor:
+    """Scores of every query with its own block, float32 [B, K]: passage n belongs to query n // K. Else as maxsim."""
+    return _maxsim(q, d, offsets, q_mask, backend, max_length, paired=True)
+
+
+def _maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, backend: str, max_length: int | None,
+            paired: bool) -> Tensor:
+    _check_maxsim(q, d, offsets, q_mask, paired)
+    backend = _choose(backend, q)
+    with torch.autocast(q.device.type, enabled=False):  # similarities are what bfloat16 inputs make them, no less
+        if backend == "eager":
+            return maxsim_eager(q, d, offsets, q_mask, paired)
+        return _MaxSim.apply(*_contiguous(q, d, offsets, q_mask), paired, max_length, backend)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The kernels take sizes for strides."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def pairdistill_loss(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Tensor, positive: Tensor | None = None,
+                     *, tau: float = 1.0, lambda_kd: float = 1.0, lambda_pair: float = 3.0, pair_reduction: str = "mean",
+                     backend: str = "auto", first_query: int = 0, n_queries: int | None = None,
+                     n_labelled: int | None = None, n_pairs: int | None = None) -> Losses:
+    """L = L_CL + lambda_kd L_KD + lambda_pair L_pair (section 4.2), differentiable in scores.
+
+    scores [B, K], each query with its own block, or [B, width], with the blocks of all queries of the global batch, in
+    their order; then this rank's queries are first_query to first_query + B - 1, and columns outside the own block are
+    L_CL's negatives. teacher [B, K]: pointwise scores of the own block, in any order. pairs int [B, P, 2]: positions
+    (i, j) in the own block, -1 twice for padding. pair_probs [B, P]: P(d_i > d_j | q). positive int [B]: the labelled
+    positive's position, -1 where there is none.
+    n_queries, n_labelled, n_pairs: counts over the global batch that the means divide by (None: this batch's own), so
+    that the ranks' losses add up to the global batch's. pair_reduction "mean": over all pairs; "sum": over a query's
+    pairs, then the mean over queries.
+    """
+    options = LossOptions(tau, lambda_kd, lambda_pair, pair_reduction, first_query, n_queries, n_labelled, n_pairs)
+    _expect_tensor("scores", scores, "float", (len(teacher), "width"), scores.device)
+    _check_losses(scores.shape[1], teacher, pairs, pair_probs, positive, options, len(scores), scores.device)
+    scores = scores.to(_sum_dtype(scores.dtype))
+    if _choose(backend, scores) == "triton":
+        return Losses(*_Head.apply(scores, teacher, pairs, pair_probs, positive, options))
+    return _losses_eager(scores, teacher, pairs, pair_probs, positive, options)
+
+
+def pairdistill_objective(q: Tensor, d: Tensor, offsets: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Tensor,
+                          positive: Tensor | None = None, q_mask: Tensor | None = None, *, in_batch: bool = True,
+                          tau: float = 1.0, lambda_kd: float = 1.0, lambda_pair: float = 3.0, pair_reduction: str = "mean",
+                          backend: str = "auto", first_query: int = 0, n_queries: int | None = None,
+                          n_labelled: int | None = None, n_pairs: int | None = None, max_length: int | None = None) -> Losses:
+    """pairdistill_loss of maxsim (in_batch) or maxsim_paired, as one autograd function: what training calls.
+
+    Its total is differentiable in q and d; cl, kd and pair are there to be looked at (with backend "eager", all are).
+    """
+    options = LossOptions(tau, lambda_kd, lambda_pair, pair_reduction, first_query, n_queries, n_labelled, n_pairs)
+    _check_maxsim(q, d, offsets, q_mask, paired=not in_batch)
+    width = _scores_shape(len(q), len(offsets) - 1, not in_batch)[1]
+    _check_losses(width, teacher, pairs, pair_probs, positive, options, len(q), q.device)
+    backend = _choose(backend, q)
+    with torch.autocast(q.device.type, enabled=False):
+        if backend == "eager":
+            scores = maxsim_eager(q, d, offsets, q_mask, not in_batch)
+            return _losses_eager(scores, teacher, pairs, pair_probs, positive, options)
+        return Losses(*_Objective.apply(*_contiguous(q, d, offsets, q_mask), teacher, pairs, pair_probs, positive, options,
+                                        not in_batch, max_length, backend))
+
+
+# ---- The boundary: one sentence for each thing that can be wrong; values are looked at on a CPU only (a GPU would wait) ----
+
+BACKENDS = ("auto", "triton", "torch", "eager")
+TRITON_MAX_DIM = 1024  # a tile holds whole rows
+
+
+def _expect(holds: bool | Tensor, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _expect_tensor(name: str, tensor: Tensor, kind: str, shape: tuple, device: torch.device) -> None:
+    """kind: a dtype's name, "float" or "int"; a string in shape names an axis of any size."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    kinds = {"float": ("float32", "float16", "bfloat16", "float64"), "int": ("int64", "int32", "int16", "int8")}
+    sizes_fit = len(shape) == tensor.dim() and all(isinstance(n, str) or n == m for n, m in zip(shape, tensor.shape))
+    if not (sizes_fit and dtype in kinds.get(kind, (kind,)) and tensor.device == device):
+        wanted, got = (f"[{', '.join(map(str, sizes))}]" for sizes in (shape, tensor.shape))
+        raise ValueError(f"{name} must be {kind} {wanted} on {device}, got {dtype} {got} on {tensor.device}")
+
+
+def _choose(backend: str, tensor: Tensor) -> str:
+    _expect(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    fits = tensor.dtype != torch.float64 and (tensor.dim() == 2 or tensor.shape[-1] <= TRITON_MAX_DIM)
+    if backend == "auto":
+        return "triton" if triton is not None and tensor.is_cuda and fits else "torch"
+    if backend == "triton":
+        _expect(triton is not None, "backend='triton' needs the package triton (for Linux), which is not installed")
+        _expect(tensor.is_cuda or INTERPRETED.value, "backend='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1 "
+                f"in the environment before Python starts, got tensors on {tensor.device}")
+        _expect(fits, f"backend='triton' takes no float64 and dim up to {TRITON_MAX_DIM}, got {tensor.dtype} {list(tensor.shape)}")
+    return backend
+
+
+def _check_maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, paired: bool) -> None:
+    _expect_tensor("q", q, "float", ("B", "Lq", "dim"), q.device)
+    _expect_tensor("d", d, str(q.dtype).removeprefix("torch."), ("T", q.shape[2]), q.device)
+    _expect_tensor("offsets", offsets, "int32", ("N + 1",), q.device)
+    if q_mask is not None:
+        _expect_tensor("q_mask", q_mask, "bool", tuple(q.shape[:2]), q.device)
+    B, N = len(q), len(offsets) - 1
+    _expect(N >= 0, "offsets must hold one number more than there are passages, got none")
+    _expect(not paired or N % max(B, 1) == 0, f"each query needs the same number of passages, got {N} for {B} queries")
+    if not q.is_cuda:
+        _expect(offsets[0] == 0 and offsets[-1] == len(d) and (offsets.diff() >= 0).all(),
+                f"offsets must begin with 0, never fall and end with d's {len(d)} rows")
+
+
+def _check_losses(width: int, teacher: Tensor, pairs: Tensor, pair_probs: Tensor, positive: Tensor | None,
+                  options: LossOptions, B: int, device: torch.device) -> None:
+    """B queries with width scores each, on device."""
+    _expect_tensor("teacher", teacher, "float", (B, "K"), device)
+    _expect_tensor("pairs", pairs, "int", (B, "P", 2), device)
+    _expect_tensor("pair_probs", pair_probs, "float", tuple(pairs.shape[:2]), device)
+    if positive is not None:
+        _expect_tensor("positive", positive, "int", (B,), device)
+    K, first = teacher.shape[1], options.first_query
+    _expect(K > 0 and (width == K or (width % K == 0 and 0 <= first and (first + B) * K <= width)),
+            f"scores must be {K} wide (the own block) or {K} times the number of all queries, of which these are "
+            f"{first} to {first + B - 1}, got {width}")
+    _expect(options.pair_reduction in ("mean", "sum"), f"pair_reduction must be 'mean' or 'sum', got {options.pair_reduction!r}")
+    if device.type == "cpu":
+        padding_BP = (pairs == -1).all(-1)
+        _expect((padding_BP | ((pairs >= 0) & (pairs < K)).all(-1)).all(), f"pairs must lie in 0 to {K - 1}, or be -1 twice")
+        _expect((padding_BP | ((pair_probs >= 0) & (pair_probs <= 1))).all(), "pair_probs must lie between 0 and 1")
+        _expect(positive is None or ((positive >= -1) & (positive < K)).all(), f"positive must lie in -1 to {K - 1}")

@@ -1,0 +1,172 @@
+"""Ranks: the same code on one process or on many (design: `--gpus` changes the speed, never the result).
+
+A rank is one process with one device. All ranks hold the same weights and walk the same global batches; each works on
+its contiguous share of the rows, and what is split is put together again in rank order, so that no result depends on
+the number of ranks. One process takes the same path with a world of 1.
+
+The gradient of a global batch is the *sum* of the ranks' gradients, because every loss is normalised by global counts.
+The authors' ColBERT averages losses that each rank normalised by its own counts, and reads the same rows on every rank.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """This rank's contiguous part of n rows: sizes differ by at most one."""
+        return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        """Without it a rank could open a file that rank 0 is still writing."""
+        if self.world > 1:
+            self.gather(torch.zeros(1))
+
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place: without it every rank would step with the gradient of its own share."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n_r, ...] of every rank -> [sum n_r, ...] in rank order, on the device that rows came from."""
+        if self.world == 1:
+            return rows
+        x = rows.detach().to(self.device).contiguous()
+        counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(x)], device=self.device))
+        counts = [int(c) for c in counts]
+        # Collectives want equal shapes: pad to the largest share, cut again afterwards.
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts)]).to(rows.device)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Gather whose backward sums what every rank's loss says of a row, and gives each rank the rows it sent."""
+
+    @staticmethod
+    def forward(ctx, rows, ranks, start):
+        ctx.ranks, ctx.start, ctx.n = ranks, start, len(rows)
+        return ranks.gather(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = ctx.ranks.sum_(grad.contiguous())
+        return grad[ctx.start:ctx.start + ctx.n], None, None
+
+
+def gather_passages(d: torch.Tensor, offsets: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged passages of all ranks, differentiable: d [T_r, E], offsets [N_r + 1] -> d [T, E], offsets [N + 1].
+
+    Without it the in-batch negatives of L_CL would be those of one rank (as they are in the authors' code), and the
+    result would depend on the number of GPUs.
+    """
+    if ranks.world == 1:
+        return d, offsets
+    totals = ranks.gather(offsets[-1:].to(torch.int64)).tolist()
+    d = _GatherRows.apply(d, ranks, sum(totals[:ranks.rank]))
+    lengths = ranks.gather(offsets.diff())
+    return d, torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+
+
+def sum_gradients(model: torch.nn.Module, terms: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """One all-reduce for the gradients of all parameters and for the loss terms that go into the log."""
+    if ranks.world == 1:
+        return terms.detach()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # A parameter that this rank's share did not touch still has a place in the sum.
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = ranks.sum_(torch.cat([g.reshape(-1).float() for g in gradients] + [terms.detach().float()]))
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters] + [len(terms)])):
+        p.grad = part.view_as(p).to(p.dtype)
+    return flat[-len(terms):]
+
+
+def init() -> Ranks:
+    """The rank that torchrun's environment describes, or the only one."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif world > 1:  # ranks share the cores: without this each would start a thread for every core
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    if world > 1:
+        # Rank 0 may index or train a tokenizer for long while the others wait.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    return Ranks(rank, world, device)
+
+
+def how_many(asked: int) -> tuple[int, str]:
+    """Ranks to start for `--gpus asked`, and the sentence that says why it is another number.
+
+    Raises ValueError where there are CUDA devices, but too few.
+    """
+    devices = torch.cuda.device_count()
+    if devices:
+        if asked > devices:
+            raise ValueError(f"--gpus {asked}: this machine has {devices} CUDA device{'s' * (devices > 1)}; "
+                             f"ask for --gpus {devices} or fewer")
+        return asked, ""
+    n = min(asked, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return n, f"--gpus {asked}: no CUDA device here, so {n} gloo rank{'s' * (n > 1)} on the CPU do the same work"
+
+
+def launch(n: int, argv: list[str]) -> int:
+    """Start n ranks of `python argv` on this machine through torchrun's elastic launcher; returns the exit code.
+
+    The launcher ends all ranks when one fails and on Ctrl-C or SIGTERM.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    import logging
+    import uuid
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own sentence is below
+    os.environ["PAIRDISTILL_LAUNCHED"] = "1"
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=str(uuid.uuid4()), rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
+    try:
+        elastic_launch(config, sys.executable)(*argv)
+        return 0
+    except SignalException as e:
+        return 128 + int(e.sigval)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except ChildFailedError as e:
+        rank, failure = e.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+
+def refuse(error: Exception) -> int:
+    """A user's mistake: one sentence, from one rank, and exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # let rank 0 say it: the first rank that ends takes the others with it
+    return 2

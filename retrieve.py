@@ -1,0 +1,581 @@
+"""Retrieval: the best passages of many queries by MaxSim, from 38 bytes a passage token.
+
+    index = Index.build(student, passages, "runs/docs/iter1/index")       # or Index.load("runs/docs/iter1/index")
+    scores, positions = index.search(q, k=10, q_mask=q_mask)       # of student.encode_queries
+
+    python retrieve.py runs/docs "how do I join two paths"                # with no question: a prompt
+    python retrieve.py --student FOLDER --data SPEC --index FOLDER --queries queries.jsonl --run out.trec -k 1000
+
+What is stored. FAISS's k-means gives each token a centroid (2 bytes), and its product quantizer a code of what is left,
+a byte for 4 dimensions (the size of the paper's 2 bits a dimension; 4 dimensions share 256 codewords, where 2 bits each
+would give them 4 values):
+
+    token  ~  (centroid + codeword_1 ... codeword_32) / norm              ColBERT renormalises too: +.015 of recall
+
+Codes are in corpus order, so that a passage's tokens lie together; the token numbers of each centroid's list follow in
+a second array (4 bytes). All files are memory-mapped: an index of any size opens at once.
+
+How it is searched. (1) Each query token is multiplied by the decoded tokens of its nearest lists; those more similar
+than its nearest centroid count. (2) A passage is ranked by its partial MaxSim, where a query token that found nothing
+in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed behind its query,
+passage and query token in one integer, so that one sort does both the grouping and the maximum. (3) The best 3 k
+candidates are decoded whole and scored exactly.
+
+OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
+rank so much better (at equal time, .98 of the best passages among the candidates, not .83) that an eighth suffices.
+
+A single-vector student (DPR) is the case of one token a passage, not normalised. Any number of ranks builds the same
+files, in a folder that they share: passages are encoded in blocks that do not depend on the ranks. A build writes beside
+its target and renames, so that one that is killed leaves nothing that opens.
+
+Dimension key: B queries, N passages, T passage tokens, Q query tokens, E embedding, K centroids, M code bytes a token,
+C candidates a query, X query tokens of several queries one after the other, without padding.
+"""
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from maxsim_kernel import maxsim, maxsim_paired
+
+FORMAT = 1
+BLOCK = 1024  # passages that are encoded and written together
+CODED = 4  # dimensions in a byte of code; four float32s are also 16 bytes, which move as one element when decoding
+PROBES = 8  # lists that a query token visits, at least
+QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
+DECODED = 1 << 16  # tokens decoded at a time: 32 MB at 128 dimensions
+DTYPES = {"codes": np.uint8, "lists": np.uint16, "order": np.int32, "list_starts": np.int64, "offsets": np.int64,
+          "centroids": np.float32, "codewords": np.float32}  # one raw file each; the manifest has their shapes
+
+
+class Index:
+    """Passage tokens in inverted lists. `len(index)` passages; `index.passage_ids` are their names, if it was given any.
+
+    codes [T, M] and lists [T] code the tokens in corpus order, offsets [N + 1] cuts them into passages; order [T] has
+    their numbers list by list, list_starts [K + 1] cuts it into lists; centroids [K, E], codewords [M, 256, 4].
+    """
+
+    def __init__(self, folder: Path, manifest: dict, arrays: dict[str, Tensor]):
+        self.folder, self.manifest = folder, manifest
+        self.__dict__.update(arrays)
+        self.device = self.codes.device
+        self.first_codeword_M = 256 * torch.arange(len(self.codewords), dtype=torch.int32, device=self.device)
+        self.codeword_elements = self.codewords.flatten().view(torch.complex128)  # nothing complex: 16 bytes each
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def passage_ids(self) -> list[str] | None:
+        path = self.folder / "passage_ids.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(path.stat().st_size for path in self.folder.iterdir()) / max(len(self.codes), 1)
+
+    # Build and load -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, student, passages: Sequence[str], folder: str | Path, *, passage_ids: Sequence[str] | None = None,
+              student_digest: str | None = None, rank: int = 0, world: int = 1,
+              barrier: Callable[[], None] = lambda: None, seed: int = 0) -> "Index":
+        """Encodes, codes and stores `passages`. Every rank calls it with its rank; every rank gets the index."""
+        folder = Path(folder)
+        if not len(passages):
+            raise ValueError(f"cannot build the index {folder}: there are no passages")
+        partial = folder.with_name(folder.name + ".tmp")
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        barrier()  # without it a rank could write into what rank 0 is about to remove
+        # The sample trains the quantizers. Its tokens wait in files for their turn: nothing is encoded twice.
+        sample = np.random.default_rng(seed).permutation(len(passages))[:1000 + 16 * math.isqrt(len(passages))]
+        sample.sort()  # OURS: ColBERT takes 16 sqrt(120 N) passages, but eight times our centroids are to be trained
+        groups = np.split(sample, range(BLOCK, len(sample), BLOCK))
+        for g in range(rank, len(groups), world):
+            d, lengths = _encode(student, [passages[n] for n in groups[g]])
+            np.savez(partial / f"sample{g}.npz", d=d.numpy(), lengths=lengths.numpy())
+        barrier()  # without it rank 0 would train on part of the sample
+        parts = [np.load(partial / f"sample{g}.npz") for g in range(len(groups))]
+        d_sample, sample_lengths = (torch.from_numpy(np.concatenate([p[name] for p in parts])) for name in ("d", "lengths"))
+        if rank == 0:
+            _train(d_sample.float(), len(passages) / len(sample), partial, seed)
+        barrier()  # without it a rank would read quantizers that are still being trained
+        _code_share(student, passages, partial, sample, d_sample, sample_lengths, rank, world)
+        barrier()  # without it rank 0 would merge a part that is still growing
+        if rank == 0:
+            _merge(partial, world, dict(format=FORMAT, student=student_digest, passages=len(passages), seed=seed,
+                                        normalised=bool((d_sample.float().norm(dim=1) - 1).abs().max() < .01)))
+            if passage_ids is not None:
+                (partial / "passage_ids.json").write_text(json.dumps(list(passage_ids)))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        barrier()  # without it a rank would open what is not there yet
+        return cls.load(folder, student.device)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", student_digest: str | None = None) -> "Index":
+        """Opens a folder that build has made; on a CPU nothing is read before it is needed.
+
+        Raises ValueError in one sentence where it is none, is damaged, or is another student's than student_digest.
+        """
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            version = manifest["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder} is not an index: it has no readable manifest.json") from None
+        if version != FORMAT:
+            raise ValueError(f"{folder} is an index of format {version}, expected {FORMAT}: build it again")
+        if student_digest and manifest["student"] != student_digest:
+            raise ValueError(f"{folder} is the index of student {manifest['student']}, expected {student_digest}: "
+                             "build it again with this one")
+        if manifest.get("shapes", {}).keys() != DTYPES.keys():
+            raise ValueError(f"{folder} is a damaged index: its manifest does not describe {', '.join(DTYPES)}")
+        arrays = {}
+        for name, dtype in DTYPES.items():
+            path, shape = folder / name, tuple(manifest["shapes"][name])
+            size, expected = path.stat().st_size if path.exists() else 0, math.prod(shape) * np.dtype(dtype).itemsize
+            if size != expected:
+                raise ValueError(f"{folder} is a damaged index: {name} has {size} bytes, expected {expected}")
+            array = np.memmap(path, dtype, "c", shape=shape)  # copy-on-write, because torch wants to be able to write
+            # torch cannot index with uint16, nor compute: the same bits as int16, and a mask where they are read.
+            arrays[name] = torch.from_numpy(array.view(np.int16) if dtype == np.uint16 else array).to(device)
+        return cls(folder, manifest, arrays)
+
+    # Search -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def search(self, q: Tensor, k: int, q_mask: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """q [B, Q, E], q_mask bool [B, Q] -> scores float32 [B, k], positions in the corpus int64 [B, k], best first.
+
+        Where there are fewer than k passages, the rest have score -inf and position -1. exact: score every passage.
+        """
+        if q.ndim != 3 or q.shape[2] != self.centroids.shape[1] or k < 1:
+            raise ValueError(f"search: q {tuple(q.shape)}, k {k}; expected [B, Q, {self.centroids.shape[1]}] and k >= 1")
+        q = q.to(self.device, torch.float32)
+        q_mask = q.new_ones(q.shape[:2], dtype=torch.bool) if q_mask is None else q_mask.to(self.device)
+        scores = q.new_full((len(q), k), -torch.inf)
+        positions = torch.full((len(q), k), -1, device=self.device)
+        C = 3 * k + 20 if k < 150 else k + 320  # the deeper, the less it matters who comes last
+        for start in range(0, len(q), QUERIES):
+            rows = slice(start, start + QUERIES)
+            if exact or 2 * C > len(self):
+                best = self._search_all(q[rows], q_mask[rows], k)
+            else:
+                best = self._search_lists(q[rows], q_mask[rows], k, C)
+            scores[rows, :best[0].shape[1]], positions[rows, :best[0].shape[1]] = best
+        return scores, positions
+
+    def _search_all(self, q: Tensor, q_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The best k by MaxSim with every passage, decoded as a stream."""
+        scores, positions = q.new_zeros(len(q), 0), torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
+        for first, last in _runs(self.offsets):
+            offsets = self.offsets[first:last + 1]
+            d_TE = self._decode(torch.arange(int(offsets[0]), int(offsets[-1]), device=q.device))
+            scores = torch.cat([scores, maxsim(q, d_TE, (offsets - offsets[0]).int(), q_mask)], 1)
+            numbers = torch.arange(first, last, device=q.device).expand(len(q), -1)
+            scores, top = scores.topk(min(k, scores.shape[1]))
+            positions = torch.cat([positions, numbers], 1).gather(1, top)
+        return scores, positions
+
+    def _search_lists(self, q: Tensor, q_mask: Tensor, k: int, C: int) -> tuple[Tensor, Tensor]:
+        candidates_BC = torch.cat([self._candidates(q[b:b + QUERIES_LISTED], q_mask[b:b + QUERIES_LISTED], k, C)
+                                   for b in range(0, len(q), QUERIES_LISTED)])
+        # On a CPU passages that many queries chose are worth reading once; a GPU prefers one launch (see _score_shared).
+        score = self._score_paired if q.is_cuda else self._score_shared
+        scores_BC = score(q, q_mask, candidates_BC).masked_fill_(candidates_BC < 0, -torch.inf)
+        scores, top = scores_BC.topk(k)
+        positions = candidates_BC.gather(1, top)
+        few = (candidates_BC[:, k - 1] < 0).nonzero().flatten()
+        if len(few):  # fewer than k passages have a token near the query's: these queries are compared with all
+            scores[few], positions[few] = self._search_all(q[few], q_mask[few], k)
+        return scores, positions
+
+    def _candidates(self, q: Tensor, q_mask: Tensor, k: int, C: int) -> Tensor:
+        """The passages [B, C] with the largest partial MaxSim, best first; -1 where no more were found."""
+        (B, Q, _), N = q.shape, len(self)
+        b_X, i_X = q_mask.nonzero(as_tuple=True)
+        q_XE = q[b_X, i_X]
+        probes = min(max(PROBES, k // 50, 128 * B // max(len(b_X), 1)), len(self.centroids) - 1)
+        near = (q_XE @ self.centroids.T).topk(probes + 1)
+        # A centroid is the mean of its tokens: the first list that is not visited tells what is missed there on average,
+        # one of the nearest what a good match is. What is less similar does not count, and half-way is imputed for it.
+        good_X, missed_X = near.values[:, probes // 8 - 1 if probes >= 8 else 0], near.values[:, -1]
+        imputed_X, key_X = (good_X + missed_X) / 2, b_X * (N * Q) + i_X
+        visited_V, order_V = near.indices[:, :-1].flatten().sort()
+        x_V = order_V // max(probes, 1)
+        found = [torch.zeros(0, dtype=torch.int64, device=q.device)]
+        for token_T, v_T_edges in self._visited_lists(visited_V):
+            d_TE = self._decode(token_T)
+            hits = []
+            for (s, e), (i, j) in v_T_edges:
+                x = x_V[i:j]
+                sims = q_XE[x] @ d_TE[s:e].T
+                row, column = (sims > good_X[x, None]).nonzero(as_tuple=True)
+                hits.append((x[row], column + s, sims[row, column]))
+            x, t, sim = (torch.cat(h) for h in zip(*hits))
+            passage_T = torch.searchsorted(self.offsets, token_T.long(), right=True) - 1
+            found.append(_pack(key_X[x] + passage_T[t] * Q, sim - imputed_X[x]))
+        found, ranked = torch.cat(found), []
+        for first in range(0, B, QUERIES_RANKED):  # what fits into a cache is sorted in a third of the time
+            low, high = (b * N * Q << 24 for b in (first, first + QUERIES_RANKED))
+            mine = found[(found >= low) & (found < high)] - low
+            ranked.append(self._rank(mine.sort().values, min(QUERIES_RANKED, B - first), Q, C))
+        return torch.cat(ranked)
+
+    def _visited_lists(self, visited_V: Tensor):
+        """Of the lists in visited_V (sorted, with repetitions), a few at a time: the numbers of all their tokens, and
+        for each list the span of its tokens there and the span of its visits."""
+        lists, n_visits = visited_V.unique_consecutive(return_counts=True)
+        lengths = self.list_starts[lists + 1] - self.list_starts[lists]
+        token_bounds, visit_bounds = _bounds(lengths), _bounds(n_visits).tolist()
+        for first, last in _runs(token_bounds):
+            edges = (token_bounds[first:last + 1] - token_bounds[first]).tolist()
+            token_T = self.order[_ragged(self.list_starts[lists[first:last]], lengths[first:last])]
+            visits = visit_bounds[first:last + 1]
+            yield token_T, list(zip(zip(edges, edges[1:]), zip(visits, visits[1:])))
+
+    def _rank(self, found: Tensor, B: int, Q: int, C: int) -> Tensor:
+        """found: packed (query, passage, query token; gain over the imputed similarity), sorted -> candidates [B, C]."""
+        key, gain = _unpack(found)
+        largest = key != torch.cat([key[1:], key.new_full((1,), -1)])  # the last one of its key
+        pair, number = (key[largest] // Q).unique_consecutive(return_inverse=True)
+        total = found.new_zeros(len(pair), dtype=torch.float32).index_add_(0, number, gain[largest])
+        b, passage = pair // len(self), pair % len(self)
+        counts = torch.bincount(b, minlength=B)
+        column = torch.arange(len(pair), device=found.device) - _bounds(counts)[b]
+        total_BP = total.new_full((B, max(C, int(counts.max()))), -torch.inf).index_put_((b, column), total)
+        passage_BP = torch.full_like(total_BP, -1, dtype=torch.int64).index_put_((b, column), passage)
+        return passage_BP.gather(1, total_BP.topk(C).indices)
+
+    def _score_shared(self, q: Tensor, q_mask: Tensor, candidates: Tensor) -> Tensor:
+        """MaxSim [B, C], passage by passage: each is decoded once and multiplied by the tokens of all queries that chose
+        it. On a CPU a third of maxsim_paired's time, which would have a passage gathered for every query."""
+        n_tokens, q_XE = q_mask.sum(1), q[q_mask]
+        chosen, pair = candidates.flatten().sort()
+        chosen, pair = chosen[chosen >= 0], pair[chosen >= 0]
+        passages, counts = chosen.unique_consecutive(return_counts=True)
+        query, pair_bounds = pair // candidates.shape[1], _bounds(counts)
+        lengths = self.offsets[passages + 1] - self.offsets[passages]
+        token_bounds, scores = _bounds(lengths), q.new_zeros(candidates.numel())
+        for first, last in _runs(token_bounds):
+            d_TE = self._decode(_ragged(self.offsets[passages[first:last]], lengths[first:last]))
+            mine = slice(pair_bounds[first], pair_bounds[last])
+            n_tokens_mine = n_tokens[query[mine]]
+            x_X = _ragged(_bounds(n_tokens)[query[mine]], n_tokens_mine)  # all tokens of all queries of all passages
+            x_edges = _bounds(n_tokens_mine)[pair_bounds[first:last + 1] - pair_bounds[first]].tolist()
+            t_edges = (token_bounds[first:last + 1] - token_bounds[first]).tolist()
+            best = [(d_TE[s:e] @ q_XE[x_X[i:j]].T).amax(0) if e > s else q.new_zeros(j - i)
+                    for s, e, i, j in zip(t_edges, t_edges[1:], x_edges, x_edges[1:])]
+            scores.index_add_(0, pair[mine].repeat_interleave(n_tokens_mine), torch.cat(best))
+        return scores.view_as(candidates)
+
+    def _score_paired(self, q: Tensor, q_mask: Tensor, candidates: Tensor) -> Tensor:
+        """MaxSim [B, C] by the fused kernel, as many queries at a time as fit; no candidate is an empty passage."""
+        start_BC = self.offsets[candidates.clamp(min=0)]
+        length_BC = torch.where(candidates < 0, 0, self.offsets[candidates.clamp(min=0) + 1] - start_BC)
+        scores = []
+        for first, last in _runs(_bounds(length_BC.sum(1)), 32 * DECODED):
+            lengths = length_BC[first:last].flatten()
+            d_TE = self._decode(_ragged(start_BC[first:last].flatten(), lengths))
+            scores.append(maxsim_paired(q[first:last], d_TE, _bounds(lengths).int(), q_mask[first:last]))
+        return torch.cat(scores)
+
+    def _decode(self, token_T: Tensor) -> Tensor:
+        """Token numbers -> embeddings [T, E]."""
+        code_TM = self.codes.index_select(0, token_T) + self.first_codeword_M
+        residual_TM = self.codeword_elements.index_select(0, code_TM.flatten())
+        d_TE = residual_TM.view(torch.float32).view(len(token_T), -1)
+        d_TE += self.centroids.index_select(0, self.lists.index_select(0, token_T).int() & 0xFFFF)
+        if self.manifest["normalised"]:
+            d_TE *= torch.linalg.vector_norm(d_TE, dim=1, keepdim=True).reciprocal_()
+        return d_TE
+
+
+# Ragged rows, and integers that hold two things -------------------------------------------------------------------------
+
+def _bounds(lengths: Tensor) -> Tensor:
+    """[n] -> [n + 1]: where each of n runs begins, and the last one ends."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _ragged(starts: Tensor, lengths: Tensor) -> Tensor:
+    """start, start + 1, ... of every run, one run after the other."""
+    bounds = _bounds(lengths)
+    return torch.arange(int(bounds[-1]), device=starts.device) + (starts - bounds[:-1]).repeat_interleave(lengths)
+
+
+def _runs(bounds: Tensor, size: int = DECODED) -> list[tuple[int, int]]:
+    """Cuts the rows between bounds into (first, last) with about `size` elements each, and one row at least."""
+    runs, first = [], 0
+    while first < len(bounds) - 1:
+        last = max(first + 1, int(torch.searchsorted(bounds, bounds[first] + size, right=True)) - 1)
+        runs.append((first, last))
+        first = last
+    return runs
+
+
+def _pack(key: Tensor, gain: Tensor) -> Tensor:
+    """Positive floats are ordered as the integers that their bits are; 24 of 31 bits keep 16 of the mantissa's 23."""
+    return (key << 24) | (gain.clamp(min=0).view(torch.int32) >> 7)
+
+
+def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    return packed >> 24, ((packed & 0xFFFFFF) << 7).int().view(torch.float32)
+
+
+# Building ---------------------------------------------------------------------------------------------------------------
+
+def _encode(student, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """texts -> d float16 [T, E], lengths [N]: half of the size in the sample's files, and far below the codes' error."""
+    d, offsets = student.encode_passages(texts)
+    return d.cpu().half(), offsets.cpu().long().diff()
+
+
+def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> None:
+    """Trains centroids [K, E] and codewords [M, 256, 4] on the sample's tokens and writes them."""
+    T, E = d.shape
+    if T == 0 or E % CODED:
+        raise ValueError(f"cannot build the index {folder}: {T} tokens of {E} dimensions, expected some, of a multiple of {CODED}")
+    # OURS: an eighth of ColBERT's number, because it is tokens that are compared, and not their centroids alone.
+    K = min(2 ** int(math.log2(2 * math.sqrt(max(1, T * passages_per_sample)))), 1 << 16, T)
+    kmeans = faiss.Kmeans(E, K, niter=4, seed=seed + 1, min_points_per_centroid=1, max_points_per_centroid=40,
+                          gpu=faiss.get_num_gpus() > 0)
+    kmeans.train(d.numpy())
+    centroids = torch.from_numpy(kmeans.centroids)
+    rows = torch.from_numpy(np.random.default_rng(seed).permutation(T)[:40 * 256])
+    rows = rows[torch.arange(max(256, len(rows))) % len(rows)]  # a codebook of 256 needs that many to choose from
+    quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
+    quantizer.cp.niter, quantizer.cp.seed, quantizer.cp.min_points_per_centroid = 6, seed + 1, 1
+    quantizer.train((d[rows] - centroids[_nearest(d[rows], centroids)]).numpy())
+    centroids.numpy().tofile(folder / "centroids")
+    faiss.vector_to_array(quantizer.centroids).tofile(folder / "codewords")
+
+
+def _nearest(d: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid at the least distance: |d - c|^2 = |d|^2 - 2 (d . c - |c|^2 / 2)."""
+    half = centroids.square().sum(1) / 2
+    return torch.cat([torch.addmm(-half, rows, centroids.T).argmax(1) for rows in d.split(4096)])
+
+
+def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarray, d_sample: Tensor,
+                sample_lengths: Tensor, rank: int, world: int) -> None:
+    """Encodes and codes this rank's blocks of passages, into files of its own."""
+    E, n_blocks, sample_bounds = d_sample.shape[1], -(-len(passages) // BLOCK), _bounds(sample_lengths)
+    centroids = torch.from_numpy(np.fromfile(folder / "centroids", np.float32).reshape(-1, E)).to(student.device)
+    quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
+    faiss.copy_array_to_vector(np.fromfile(folder / "codewords", np.float32), quantizer.centroids)
+    files = [open(folder / f"{name}.{rank}", "wb") for name in ("codes", "lists", "lengths")]
+    bar = tqdm(total=len(passages) // world, desc="  index", unit=" passages", disable=rank > 0, leave=False, mininterval=1.0)
+    for block in range(n_blocks * rank // world, n_blocks * (rank + 1) // world):
+        numbers = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(passages)))
+        first, last = np.searchsorted(sample, (numbers[0], numbers[-1] + 1))
+        d, lengths = _fill_in(student, passages, numbers, sample[first:last] - numbers[0],
+                              d_sample[sample_bounds[first]:sample_bounds[last]], sample_lengths[first:last])
+        nearest = _nearest(d.to(student.device), centroids)
+        codes = quantizer.compute_codes((d - centroids[nearest].cpu()).numpy())
+        for file, array in zip(files, (codes, nearest.cpu().numpy().astype(np.uint16), lengths.numpy())):
+            file.write(array.tobytes())
+        bar.update(len(numbers))
+    bar.close()
+    for file in files:
+        file.close()
+
+
+def _fill_in(student, passages: Sequence[str], numbers: np.ndarray, known: np.ndarray, d_known: Tensor,
+             known_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's tokens d [T, E] and lengths: those at places `known` are given, the others are encoded now."""
+    unknown = np.setdiff1d(np.arange(len(numbers)), known)
+    d_new, new_lengths = _encode(student, [passages[n] for n in numbers[unknown]])
+    lengths = torch.cat([known_lengths, new_lengths])
+    place = torch.from_numpy(np.argsort(np.concatenate([known, unknown])))
+    return torch.cat([d_known, d_new])[_ragged(_bounds(lengths)[place], lengths[place])].float(), lengths[place]
+
+
+def _merge(folder: Path, world: int, manifest: dict) -> None:
+    """The ranks' files, one after the other, are the corpus; the lists follow from it; the manifest comes last."""
+    for name in ("codes", "lists", "lengths"):
+        with open(folder / f"{name}.0", "ab") as whole:
+            for rank in range(1, world):
+                with open(folder / f"{name}.{rank}", "rb") as part:
+                    shutil.copyfileobj(part, whole, 1 << 24)
+                os.remove(folder / f"{name}.{rank}")
+        os.replace(folder / f"{name}.0", folder / name)
+    lists, lengths = np.fromfile(folder / "lists", np.uint16), np.fromfile(folder / "lengths", np.int64)
+    for path in [folder / "lengths", *folder.glob("sample*.npz")]:
+        path.unlink()
+    T, M = len(lists), os.path.getsize(folder / "codes") // len(lists)
+    K = os.path.getsize(folder / "centroids") // (M * CODED * 4)
+    arrays = dict(order=np.argsort(lists, kind="stable"),  # by 16 bits: a radix sort
+                  list_starts=np.append(0, np.bincount(lists, minlength=K).cumsum()),
+                  offsets=np.append(0, lengths.cumsum()))
+    for name, array in arrays.items():
+        array.astype(DTYPES[name]).tofile(folder / name)
+    manifest["shapes"] = dict(codes=[T, M], lists=[T], order=[T], list_starts=[K + 1], offsets=[len(lengths) + 1],
+                              centroids=[K, M * CODED], codewords=[M, 256, CODED])
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+# The command line -------------------------------------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    try:
+        student, index, collection = _open(args)
+        if args.queries:
+            _write_run(student, index, Path(args.queries), Path(args.run), args.k)
+        elif args.question:
+            _answer(student, index, collection, args.question, args.k)
+        else:
+            while question := _ask():
+                _answer(student, index, collection, question, args.k)
+    except (ValueError, OSError) as error:
+        print(f"retrieve.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="retrieve.py", description="Finds the best passages for a question, or for a file "
+                                     "of them. With no question it asks for one; an empty line ends.")
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run's folder: its newest student and its collection")
+    parser.add_argument("question", nargs="?", help="what to look for")
+    parser.add_argument("-k", type=int, help="passages to find (default: 5; 1000 with --queries)")
+    parser.add_argument("--student", metavar="FOLDER", help="instead of RUN: any student's folder or Hub name,")
+    parser.add_argument("--data", metavar="SPEC", help='any collection: "docs", a BEIR folder, "ir_datasets:NAME",')
+    parser.add_argument("--index", metavar="FOLDER", help="and where its index is, or is to be built")
+    parser.add_argument("--queries", metavar="FILE", help="queries as in BEIR: a jsonl file, gzipped or not, of _id and text")
+    parser.add_argument("--run", metavar="OUT", help="writes the results of --queries there, as trec_eval reads them")
+    args = parser.parse_args(argv)
+    if args.student and args.folder:  # the only word on the command line is the question
+        args.folder, args.question = None, args.folder if args.question is None else parser.error("RUN or --student, not both")
+    if bool(args.folder) == bool(args.student):
+        parser.error("give a RUN, or --student, --data and --index")
+    if args.student and not (args.data and args.index):
+        parser.error("--student needs --data and --index too")
+    if bool(args.queries) != bool(args.run):
+        parser.error("--queries FILE and --run OUT go together")
+    args.k = args.k if args.k is not None else 1000 if args.queries else 5
+    if args.k < 1:
+        parser.error(f"-k {args.k}: expected 1 or more")
+    return args
+
+
+def _open(args: argparse.Namespace):
+    """The student, its index (built where there is none yet) and the collection that the command line names."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from data import load_collection
+    from pairdistill import Student, digest
+    if args.folder:
+        student_folder, index_folder, data = _newest(Path(args.folder))
+    else:
+        student_folder, index_folder, data = args.student, Path(args.index), args.data
+    collection = load_collection(data)
+    student = Student.from_pretrained(str(student_folder))
+    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    # A name on the Hub has no folder to digest: the name stands for it.
+    identity = digest(student_folder) if Path(student_folder).is_dir() else str(student_folder)
+    if not index_folder.exists():
+        print(f"building {index_folder}", file=sys.stderr)
+        index = Index.build(student, collection.passages, index_folder, passage_ids=collection.passage_ids,
+                            student_digest=identity)
+        print(f"{len(index)} passages, {len(index.codes)} tokens, {index.bytes_per_token:.1f} bytes a token", file=sys.stderr)
+    index = Index.load(index_folder, student.device, identity)
+    if index.passage_ids != list(collection.passage_ids):
+        raise ValueError(f"{index_folder} is the index of another collection than {data}: build it again, in another folder")
+    return student, index, collection
+
+
+def _newest(run: Path) -> tuple[Path, Path, str]:
+    """A run's newest student that has an index -> the student's folder, the index's, and the collection's name."""
+    try:
+        data = json.loads((run / "config.json").read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{run} is not a run's folder: it has no config.json that names its data") from None
+    finished = [folder for folder in run.glob("iter[0-9]*")
+                if (folder / "student").is_dir() and (folder / "index" / "manifest.json").exists()]
+    if not finished:
+        raise ValueError(f"{run} has no finished iteration yet: no iterN with a student and its index")
+    newest = max(finished, key=lambda folder: int(folder.name.removeprefix("iter")))
+    copy = run / "collection"  # as it was when the run began
+    return newest / "student", newest / "index", str(copy) if copy.exists() else data
+
+
+def _ask() -> str:
+    try:
+        return input("question: ").strip()
+    except EOFError:
+        return ""
+
+
+@torch.no_grad()
+def _answer(student, index: Index, collection, question: str, k: int) -> None:
+    q, q_mask = student.encode_queries([question])
+    scores, positions = index.search(q, k, q_mask)
+    for rank, (score, position) in enumerate(zip(scores[0].tolist(), positions[0].tolist()), 1):
+        if position >= 0:
+            snippet = textwrap.shorten(collection.passages[position], 3 * 96, placeholder=" ...")
+            print(f"{rank:3}  {score:7.3f}  {collection.passage_ids[position]}")
+            print(textwrap.fill(snippet, 110, initial_indent=" " * 14, subsequent_indent=" " * 14))
+
+
+def _read_queries(path: Path) -> dict[str, str]:
+    queries: dict[str, str] = {}
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                name, text = str(row["_id"]), row["text"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f'{path}, line {number}: expected {{"_id": ..., "text": ...}}') from None
+            if not text or name in queries:
+                raise ValueError(f"{path}, line {number}: query {name} {'is there twice' if name in queries else 'is empty'}")
+            queries[name] = text
+    return queries
+
+
+@torch.no_grad()
+def _write_run(student, index: Index, queries_file: Path, out: Path, k: int) -> None:
+    """A line for each query and passage, "qid Q0 passage rank score tag": a finished file or none."""
+    queries, names, beside = _read_queries(queries_file), index.passage_ids, out.with_name(out.name + ".tmp")
+    qids = list(queries)
+    with open(beside, "w", encoding="utf-8") as file, tqdm(total=len(qids), desc="search", unit=" queries") as bar:
+        for start in range(0, len(qids), QUERIES):
+            part = qids[start:start + QUERIES]
+            q, q_mask = _encode_queries(student, [queries[qid] for qid in part])
+            for qid, row, where in zip(part, *(x.tolist() for x in index.search(q, min(k, len(index)), q_mask))):
+                file.writelines(f"{qid} Q0 {names[n]} {rank} {score:.6f} pairdistill\n"
+                                for rank, (score, n) in enumerate(zip(row, where), 1) if n >= 0)
+            bar.update(len(part))
+    os.replace(beside, out)
+
+
+def _encode_queries(student, texts: list[str], size: int = 256) -> tuple[Tensor, Tensor]:
+    """encode_queries, a few at a time: q [B, Q, E] and q_mask [B, Q], Q being the longest query's."""
+    parts = [student.encode_queries(texts[start:start + size]) for start in range(0, len(texts), size)]
+    Q = max(mask.shape[1] for _, mask in parts)
+    return (torch.cat([torch.nn.functional.pad(q, (0, 0, 0, Q - q.shape[1])) for q, _ in parts]),
+            torch.cat([torch.nn.functional.pad(mask, (0, Q - mask.shape[1])) for _, mask in parts]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

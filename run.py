@@ -1,0 +1,619 @@
+"""PairDistill in one command: index, retrieve, rerank pointwise, compare pairs, train, repeat (section 4.3).
+
+    python run.py --iters 2 --gpus 4                       # `docs`: real text, no network; the CPU where there is no GPU
+    python run.py --preset msmarco --gpus 4                # the paper's run
+    torchrun --nnodes 2 --nproc-per-node 4 run.py …        # several machines, a shared --out
+
+Every stage leaves one finished file or none, in `--out`. The same command goes on where it was stopped.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+# Configuration ------------------------------------------------------------------------------------------------------
+
+def option(default, help: str, paper: str = "") -> object:
+    return field(default=default, metadata={"help": help, "paper": paper})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings, once. Groups in --help begin at the fields named in GROUPS. The defaults are the paper's."""
+    data: str = option("ir_datasets:msmarco-passage", "docs, a BEIR folder, or ir_datasets:NAME", "MS MARCO")
+    out: str = option("", "the run's folder; empty: runs/PRESET")
+    iters: int = option(2, "iterations", "2")
+    gpus: int = option(1, "ranks on this machine", "4 V100")
+    seed: int = option(0, "of everything that is drawn")
+    split: str = option("test", "the judged queries that a student is evaluated on", "dev")
+    student: str = option("colbert-ir/colbertv2.0", "Hub name or folder; scratch: a small one with random weights",
+                          "ColBERTv2")
+    architecture: str = option("colbert", "colbert or dpr", "both, table 3")
+    dim: int = option(128, "of a projected vector; 0: the encoder's own width, no projection", "128")
+    query_length: int = option(32, "tokens", "32")
+    passage_length: int = option(180, "tokens", "180")
+    expansion: bool = option(True, "fill queries up with [MASK]s that score", "yes")
+    markers: bool = option(True, "ColBERT's query and passage markers", "yes")
+    base_steps: int = option(0, "steps of iteration 0: L_CL alone, for a student that cannot retrieve yet", "0")
+    base_batch: int = option(64, "queries of such a step, each with its labelled passage")
+    base_lr: float = option(1e-3, "its learning rate")
+    pointwise: str = option("cross-encoder/ms-marco-MiniLM-L-6-v2", "Hub name or folder; scratch: trained on the labels",
+                            "MiniLM")
+    pairwise: str = option("castorini/duot5-3b-msmarco", "Hub name or folder; scratch: trained on the labels", "duoT5-3B")
+    orders: str = option("both", "ask a pair in both orders and average, or in one", "authors' code: one")
+    teacher_steps: int = option(300, "steps of training each scratch teacher")
+    teacher_lr: float = option(1e-3, "their learning rate")
+    teacher_length: int = option(180, "tokens of a passage that a scratch teacher reads")
+    retrieve_k: int = option(100, "passages retrieved for a training query", "100")
+    train_queries: int = option(0, "training queries of an iteration, drawn anew in each; 0: all", "all 800K")
+    kept: int = option(64, "passages of a query that are trained on, the best by the pointwise teacher", "64")
+    n_pairs: int = option(50, "pairs of a query", "50")
+    delta: int = option(10, "pairs are closer than this in the pointwise order; 0: any pair", "10")
+    steps: int = option(100_000, "training steps of an iteration", "100,000")
+    batch: int = option(32, "queries of a step, over all ranks", "32")
+    chunk: int = option(64, "passages that go through the encoder at once")
+    lr: float = option(1e-5, "learning rate of AdamW, with linear warm-up and decay", "1e-5")
+    warmup: int = option(3000, "warm-up steps", "authors' code: 3,000")
+    temperature: float = option(1.0, "divides the student's scores in every loss", "authors' code: 1.0")
+    tau: float = option(1.0, "temperature of the pointwise teacher", "1.0")
+    lambda_kd: float = option(1.0, "weight of L_KD", "1.0")
+    lambda_pair: float = option(3.0, "weight of L_pair", "3.0")
+    pair_reduction: str = option("mean", "L_pair over all pairs of the batch, or sum over a query's (as written)",
+                                 "sum; authors' code: mean")
+    eval_k: int = option(1000, "passages retrieved for an evaluation query", "1000")
+    rerank: int = option(100, "of them, how many the pointwise teacher reranks for the table; 0: no teacher rows", "table 5")
+    rerank_pairs: int = option(10, "of those, how many the pairwise teacher then compares, each with each", "table 5")
+
+
+GROUPS = {"data": "the run", "student": "the student", "base_steps": "iteration 0", "pointwise": "the teachers",
+          "retrieve_k": "passages and pairs", "steps": "training", "eval_k": "evaluation"}
+
+SMALL = dict(kept=16, n_pairs=12, eval_k=100, rerank=20, rerank_pairs=6)
+PRESETS = {
+    "docs": dict(data="docs", student="scratch", pointwise="scratch", pairwise="scratch", query_length=24,
+                 passage_length=64, expansion=False, base_steps=200, teacher_length=64, retrieve_k=24,
+                 train_queries=2400, steps=150, batch=16, lr=1e-3, warmup=15, **SMALL),
+    "scifact": dict(data="ir_datasets:beir/scifact", student="sentence-transformers/all-MiniLM-L6-v2",
+                    pairwise="castorini/duot5-base-msmarco", markers=False, expansion=False, query_length=64,
+                    retrieve_k=50, steps=200, batch=16, lr=2e-5, warmup=20, **SMALL),
+    "msmarco": dict(split="dev"),
+}
+METRICS = ["MRR@10", "nDCG@10", "R@5", "R@100", "R@1000", "Success@5"]
+
+
+def parse(argv: list[str]) -> tuple[str, Config]:
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="docs", help="a set of defaults, which the flags override")
+    for f in dataclasses.fields(Config):
+        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
+        paper = f"; paper: {f.metadata['paper']}" if f.metadata["paper"] else ""
+        by_preset = ", ".join(f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p)
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else
+                dict(type={"int": int, "float": float, "str": str}[f.type], metavar=f.type.upper()))
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                           help=f"{f.metadata['help']} (default: {f.default!r}{'; ' + by_preset if by_preset else ''}{paper})")
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset")
+    config = Config(**{**PRESETS[preset], **given})
+    return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}")
+
+
+def check(config: Config) -> None:
+    """What can be seen to be wrong before anything is loaded."""
+    choices = dict(architecture=("colbert", "dpr"), orders=("both", "one"), pair_reduction=("mean", "sum"))
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: it is {' or '.join(allowed)}")
+    for f in dataclasses.fields(Config):
+        zero = f.name in ("seed", "dim", "base_steps", "train_queries", "delta", "warmup", "lambda_kd", "lambda_pair",
+                          "rerank", "rerank_pairs", "n_pairs", "iters")
+        if f.type in ("int", "float") and not getattr(config, f.name) >= (0 if zero else 1e-12):
+            raise ValueError(f"--{f.name.replace('_', '-')} {getattr(config, f.name)}: it is {'0 or more' if zero else 'more than 0'}")
+    if config.kept > config.retrieve_k:
+        raise ValueError(f"--kept {config.kept}: more than the --retrieve-k {config.retrieve_k} passages retrieved")
+
+
+def same_run(config: Config, preset: str, out: Path) -> None:
+    """Writes config.json, or compares with the one that is there: a folder holds one run."""
+    path, now = out / "config.json", {"preset": preset, **dataclasses.asdict(config)}
+    if path.exists():
+        before = json.loads(path.read_text())
+        free = ("gpus", "out", "iters", "preset")  # another number of ranks or more iterations continue the same run
+        differ = [f"{k} ({before.get(k)} there, {now.get(k)} now)" for k in {**before, **now}
+                  if k not in free and before.get(k) != now.get(k)]
+        if differ:
+            raise ValueError(f"{out} holds a run with another configuration: {', '.join(differ)}; choose another --out, "
+                             f"or remove the folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(now, indent=1))
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+def write(path: Path, content: str | dict[str, np.ndarray]) -> None:
+    """Text or arrays, written beside and renamed: a finished file or none."""
+    beside = path.with_name("writing." + path.name)
+    if isinstance(content, str):
+        beside.write_text(content)
+    else:
+        np.savez(beside, **content)
+    os.replace(beside, path)
+
+
+class Run:
+    """What every stage needs: the configuration, the rank, the collection, the log."""
+
+    def __init__(self, config: Config, preset: str, ranks):
+        from data import load_collection, save_collection
+        self.config, self.ranks, self.out = config, ranks, Path(config.out)
+        self.started = time.time()
+        copy = self.out / "collection"
+        if ranks.first:
+            same_run(config, preset, self.out)
+            if config.data == "docs" and not copy.exists():
+                save_collection(load_collection("docs"), copy)  # parsed once, for all ranks and for retrieve.py
+        ranks.barrier()
+        self.data = load_collection(str(copy) if copy.exists() else config.data)
+        self.number = {p: n for n, p in enumerate(self.data.passage_ids)}
+        if config.split not in self.data.qrels:
+            raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
+        train = self.data.qrels.get("train", {})
+        judged = {q for judgements in self.data.qrels.values() for q in judgements}
+        # Queries without judgements are distilled on too (section 5.2): 800K of which 500K are labelled.
+        self.train_ids = [q for q in self.data.queries if q in train or q not in judged]
+        self.eval_ids = list(self.data.qrels[config.split])
+        if not self.train_ids:
+            raise ValueError(f"{config.data}: no training queries: qrels/train.tsv is missing or empty, and every query is "
+                             f"judged in another split")
+        self.positives = {q: [self.number[p] for p, grade in sorted(train.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
+                          for q in self.train_ids}
+
+    def text(self, qids) -> list[str]:
+        return [self.data.queries[q] for q in qids]
+
+    def note(self, **row) -> None:
+        if self.ranks.first:
+            with open(self.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def stage(self, iteration: int, name: str, path: Path, work, summary=lambda: ""):
+        """Runs `work` unless `path` is there; all ranks wait for the end; one line says what happened."""
+        done, start = path.exists(), time.time()
+        self.ranks.barrier()  # without it a rank could see the file of a stage that others have yet to enter
+        if not done:
+            work()
+            self.ranks.barrier()
+            self.note(stage=name, iteration=iteration, seconds=time.time() - start)
+        self.ranks.say(f"  {name:<12} {summary():<86} " + ("done before" if done else f"{time.time() - start:6.1f} s"))
+
+    def save(self, path: Path, content) -> None:
+        if self.ranks.first:
+            write(path, content)
+
+    def metrics(self, rows: list[dict]) -> None:
+        """Adds rows to metrics.json, in place of those of the same system and iteration."""
+        if not self.ranks.first:
+            return
+        path = self.out / "metrics.json"
+        old = json.loads(path.read_text()) if path.exists() else []
+        new = {(r["system"], r["iteration"]) for r in rows}
+        write(path, json.dumps([r for r in old if (r["system"], r["iteration"]) not in new] + rows, indent=1))
+
+
+# Stages -------------------------------------------------------------------------------------------------------------
+
+def load_student(run: Run, folder: str | Path):
+    from pairdistill import Student
+    c = run.config
+    student = Student.from_pretrained(str(folder), c.architecture, c.dim or None, c.query_length, c.passage_length,
+                                      c.expansion, markers=c.markers, seed=c.seed).to(run.ranks.device)
+    student.chunk = c.chunk
+    return student
+
+
+def save_student(run: Run, student, folder: Path) -> None:
+    if run.ranks.first:
+        beside = folder.with_name("writing.student")
+        student.save_pretrained(beside)
+        os.replace(beside, folder)
+
+
+def iteration_zero(run: Run, folder: Path) -> None:
+    """The student before the first iteration: loaded, or built from random weights, and where it cannot retrieve yet
+    trained by L_CL alone on the labelled passages of the other queries in the batch."""
+    from pairdistill import train
+    c, name = run.config, run.config.student
+    if name == "scratch":
+        name = scratch(run)
+    student = load_student(run, name)
+    if c.base_steps:
+        qids = [q for q in run.train_ids if run.positives[q]]
+        if not qids:
+            raise ValueError("--base-steps: iteration 0 trains on labels, and no training query has one")
+        n = len(qids)
+        examples = dict(passages=np.array([[run.positives[q][0]] for q in qids]), teacher=np.zeros((n, 1), np.float32),
+                        pairs=np.full((n, 0, 2), -1), pair_probs=np.zeros((n, 0), np.float32), positive=np.zeros(n, np.int64))
+        history = train(student, run.text(qids), run.data.passages, examples, steps=c.base_steps, batch=c.base_batch,
+                        lr=c.base_lr, warmup=c.base_steps // 10, temperature=c.temperature, tau=1.0, lambda_kd=0.0, lambda_pair=0.0,
+                        pair_reduction="mean", seed=c.seed, ranks=run.ranks, desc="  iteration 0",
+                        checkpoint_folder=folder / "checkpoint")
+        log_losses(run, 0, history)
+    save_student(run, student, folder / "student")
+
+
+def scratch(run: Run) -> str:
+    """A random encoder with a vocabulary of this collection, shared by the student and the teachers trained from it."""
+    from pairdistill import scratch_encoder
+    folder = run.out / "scratch"
+    if run.ranks.first and not (folder / "config.json").exists():
+        train_queries = [run.data.queries[q] for q in run.train_ids]
+        scratch_encoder(folder, [*run.data.passages, *train_queries], seed=run.config.seed)
+    run.ranks.barrier()
+    return str(folder)
+
+
+def log_losses(run: Run, iteration: int, history: list[list[float]]) -> None:
+    for step, (total, cl, kd, pair) in enumerate(history):
+        run.note(iteration=iteration, step=step, total=total, cl=cl, kd=kd, pair=pair)
+
+
+def build_index(run: Run, folder: Path) -> None:
+    from pairdistill import digest
+    from retrieve import Index
+    Index.build(load_student(run, folder / "student"), run.data.passages, folder / "index",
+                passage_ids=run.data.passage_ids, student_digest=digest(folder / "student"), rank=run.ranks.rank,
+                world=run.ranks.world, barrier=run.ranks.barrier, seed=run.config.seed)
+
+
+def search(run: Run, folder: Path, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each rank searches its share of the queries -> scores float32 [n, k], positions int64 [n, k] on every rank."""
+    import torch
+    from retrieve import Index
+    student, share = load_student(run, folder / "student"), run.ranks.share(len(texts))
+    index, k = Index.load(folder / "index", run.ranks.device), min(k, len(run.data.passages))
+    from tqdm import tqdm
+    parts = [(torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))]
+    bar = tqdm(range(share.start, share.stop, 512), desc="  search", disable=not run.ranks.first, leave=False, mininterval=1.0)
+    with torch.inference_mode():
+        for start in bar:
+            q, q_mask = student.encode_queries(texts[start:min(start + 512, share.stop)])
+            parts.append(tuple(x.cpu() for x in index.search(q, k, q_mask)))
+    return tuple(run.ranks.gather(torch.cat(x)).numpy() for x in zip(*parts))
+
+
+def evaluate_student(run: Run, iteration: int, folder: Path) -> None:
+    """Retrieves for the held-out queries: metrics.json of the iteration, and the run that the teachers rerank."""
+    from data import bm25_run, evaluate
+    scores, positions = search(run, folder, run.text(run.eval_ids), run.config.eval_k)
+    if not run.ranks.first:
+        return
+    ids, qrels = run.data.passage_ids, run.data.qrels[run.config.split]
+    found = {q: {ids[p]: float(s) for p, s in zip(ps, ss) if p >= 0} for q, ps, ss in zip(run.eval_ids, positions, scores)}
+    rows = [dict(system="student", iteration=iteration, **evaluate(found, qrels, METRICS))]
+    if iteration == 0:
+        bm25 = bm25_run(run.data, {q: run.data.queries[q] for q in run.eval_ids}, run.config.eval_k)
+        rows.insert(0, dict(system="bm25", iteration=0, **evaluate(bm25, qrels, METRICS)))
+    run.metrics(rows)
+    write(folder / "evaluated.npz", dict(scores=scores, positions=positions))
+    write(folder / "metrics.json", json.dumps(rows, indent=1))
+
+
+def retrieve(run: Run, iteration: int, previous: Path, folder: Path) -> None:
+    """The top passages of each training query, by the student of the previous iteration."""
+    c, queries = run.config, np.arange(len(run.train_ids))
+    if c.train_queries and c.train_queries < len(queries):
+        queries = np.sort(np.random.default_rng([c.seed, iteration]).permutation(queries)[:c.train_queries])
+    scores, positions = search(run, previous, run.text([run.train_ids[q] for q in queries]), c.retrieve_k)
+    run.save(folder / "retrieved.npz", dict(queries=queries, positions=positions, scores=scores))
+
+
+def with_positive(positions: np.ndarray, gold: list[int]) -> np.ndarray:
+    """The retrieved passages; where none of them is labelled, the labelled one takes the last place."""
+    if gold and not np.isin(positions, gold).any():
+        positions = np.append(positions[:-1], gold[0])
+    return positions
+
+
+def rerank_pointwise(run: Run, teacher, folder: Path) -> None:
+    import torch
+    found = np.load(folder / "retrieved.npz")
+    share = run.ranks.share(len(found["queries"]))
+    qids = [run.train_ids[q] for q in found["queries"]]
+    rows = np.array([with_positive(found["positions"][r], run.positives[qids[r]]) for r in range(len(qids))])
+    items = [(run.data.queries[qids[r]], run.data.passages[p]) for r in share for p in rows[r]]
+    scores = run.ranks.gather(torch.from_numpy(teacher.score(items).reshape(len(share), -1))).numpy()
+    run.save(folder / "pointwise.npz", dict(queries=found["queries"], positions=rows, scores=scores))
+
+
+def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
+    """Keeps the best passages in the pointwise order, samples pairs of near neighbours, asks the pairwise teacher."""
+    import torch
+    from pairdistill import sample_pairs
+    from teachers import preference
+    c, ranked = run.config, np.load(folder / "pointwise.npz")
+    queries, positions, scores = ranked["queries"], ranked["positions"], ranked["scores"]
+    kept = min(c.kept, positions.shape[1])
+    order = np.argsort(-scores, axis=1, kind="stable")
+    passages, positive = np.empty((len(order), kept), np.int64), np.full(len(order), -1)
+    point, pairs = np.empty((len(order), kept), np.float32), np.full((len(order), c.n_pairs, 2), -1)
+    for r, row in enumerate(order):
+        gold = run.positives[run.train_ids[queries[r]]]
+        places = np.flatnonzero(np.isin(positions[r][row], gold))
+        n_ranked = kept
+        if len(places):
+            if places[0] >= kept:  # ranked below what is kept: it takes the last place, and is in no pair
+                row = np.append(row[:kept - 1], row[places[0]])
+                n_ranked = kept - 1
+            positive[r] = min(places[0], kept - 1)
+        passages[r], point[r] = positions[r][row[:kept]], scores[r][row[:kept]]
+        generator = torch.Generator().manual_seed((c.seed * 1009 + iteration) * 10_000_019 + int(queries[r]))
+        sampled = sample_pairs(n_ranked, c.n_pairs, c.delta or None, generator)
+        pairs[r, :len(sampled)] = sampled
+    share = run.ranks.share(len(order))
+    text = run.text([run.train_ids[q] for q in queries])
+    r, n = np.nonzero(pairs[share.start:share.stop, :, 0] >= 0)
+    r += share.start
+    items = [(text[a], run.data.passages[passages[a, i]], run.data.passages[passages[a, j]])
+             for a, (i, j) in zip(r, pairs[r, n])]
+    asked = np.full((len(share), c.n_pairs, 2), np.nan, np.float32)
+    asked[r - share.start, n] = teacher.ask(items)
+    asked = run.ranks.gather(torch.from_numpy(asked)).numpy()
+    real = pairs[..., 0] >= 0
+    probs = np.zeros(real.shape, np.float32)
+    probs[real] = preference(asked[real])
+    run.save(folder / "pairs.npz", dict(queries=queries, passages=passages, teacher=point, pairs=pairs, pair_probs=probs,
+                                        asked=asked, positive=positive))
+
+
+def pair_summary(folder: Path) -> dict[str, float]:
+    """Appendix A.2, and the bias that `orders="both"` averages away."""
+    f = np.load(folder / "pairs.npz")
+    real = f["pairs"][..., 0] >= 0
+    return dict(pairs=int(real.sum()), disagreement=float((f["pair_probs"][real] < 0.5).mean()) if real.any() else 0.0,
+                position_bias=float((f["asked"][real].sum(-1) - 1).mean()) if real.any() else 0.0)
+
+
+def distill(run: Run, iteration: int, previous: Path, folder: Path) -> None:
+    from pairdistill import train
+    c, f = run.config, np.load(folder / "pairs.npz")
+    examples = {k: f[k] for k in ("passages", "teacher", "pairs", "pair_probs", "positive")}
+    student = load_student(run, previous / "student")
+    history = train(student, run.text([run.train_ids[q] for q in f["queries"]]), run.data.passages, examples,
+                    steps=c.steps, batch=c.batch, lr=c.lr, warmup=c.warmup, temperature=c.temperature, tau=c.tau, lambda_kd=c.lambda_kd,
+                    lambda_pair=c.lambda_pair, pair_reduction=c.pair_reduction, seed=c.seed + iteration, ranks=run.ranks,
+                    desc="  train", checkpoint_folder=folder / "checkpoint")
+    log_losses(run, iteration, history)
+    save_student(run, student, folder / "student")
+
+
+def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
+    """A scratch teacher learns from the labels, against passages that the student of iteration 0 finds (section 4.1)."""
+    import teachers
+    c, mined = run.config, np.load(iteration_0 / "mined.npz")["positions"]
+    passages = run.data.passages
+    qids = [q for q in run.train_ids if run.positives[q]]
+    groups = [(run.data.queries[q], passages[run.positives[q][0]], [passages[p] for p in row if p not in run.positives[q]])
+              for q, row in zip(qids, mined)]
+    common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length,
+                  passage_length=c.teacher_length)
+    encoder, folder = scratch(run), run.out / "teachers" / role
+    if role == "pointwise":
+        history = teachers.train_pointwise(encoder, groups, folder, batch=16, negatives=5, **common)
+    else:
+        history = teachers.train_pairwise(run.out / "teachers" / "pointwise" if run.config.pointwise == "scratch" else encoder,
+                                          groups, folder, batch=64, **common)
+    for step, (loss, accuracy) in enumerate(history):
+        run.note(teacher=role, step=step, loss=loss, accuracy=accuracy)
+
+
+def mine(run: Run, iteration_0: Path) -> None:
+    qids = [q for q in run.train_ids if run.positives[q]]
+    if not qids:
+        raise ValueError("a scratch teacher learns from labels, and no training query has one: name a pretrained teacher")
+    run.save(iteration_0 / "mined.npz", dict(positions=search(run, iteration_0, run.text(qids), run.config.retrieve_k)[1]))
+
+
+def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path) -> None:
+    """Each teacher reranks what this student found for the held-out queries (table 5): the pointwise one its best
+    `rerank`, then the pairwise one the first `rerank_pairs` of that order, each with each (duoT5's sum of wins)."""
+    import torch
+    from data import evaluate
+    c, found = run.config, np.load(folder / "evaluated.npz")["positions"]
+    share, depth = run.ranks.share(len(found)), min(c.rerank, found.shape[1])
+    mine, text, passages = found[share.start:share.stop, :depth], run.text(run.eval_ids), run.data.passages
+    scores = pointwise.score([(text[r], passages[p]) for r, row in zip(share, mine) for p in row]).reshape(mine.shape)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    by_point = np.take_along_axis(mine, order, 1)
+    n = min(c.rerank_pairs, depth)
+    i, j = np.triu_indices(n, 1)
+    p = pairwise.prefer([(text[r], passages[row[a]], passages[row[b]]) for r, row in zip(share, by_point) for a, b in zip(i, j)])
+    p = p.reshape(len(mine), len(i))
+    wins = np.zeros((len(mine), n))
+    for column, (a, b) in enumerate(zip(i, j)):
+        wins[:, a] += p[:, column]
+        wins[:, b] += 1 - p[:, column]
+    by_pair = np.concatenate([np.take_along_axis(by_point, np.argsort(-wins, 1, kind="stable"), 1), by_point[:, n:]], 1)
+    rows = []
+    for system, top in (("pointwise", by_point), ("pairwise", by_pair)):
+        top = np.concatenate([run.ranks.gather(torch.from_numpy(top)).numpy(), found[:, depth:]], 1)
+        ranked = {q: {run.data.passage_ids[p]: float(-place) for place, p in enumerate(row) if p >= 0}
+                  for q, row in zip(run.eval_ids, top)}
+        if run.ranks.first:
+            rows.append(dict(system=system, iteration=iteration, **evaluate(ranked, run.data.qrels[c.split], METRICS)))
+    run.metrics(rows)
+    run.save(folder / "reranked.json", json.dumps(rows, indent=1))
+
+
+# The loop -----------------------------------------------------------------------------------------------------------
+
+def iterate(config: Config, preset: str, ranks) -> None:
+    """Section 4.3, one call a stage."""
+    from teachers import Cache, load_pairwise, load_pointwise
+    run = Run(config, preset, ranks)
+    folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
+    for folder in (*folders, run.out / "teachers") if ranks.first else ():
+        folder.mkdir(exist_ok=True)
+    say, labelled = ranks.say, sum(map(bool, run.positives.values()))
+    say(f"{config.data}: {len(run.data.passages):,} passages, {len(run.train_ids):,} training queries ({labelled:,} labelled), "
+        f"{len(run.eval_ids):,} held-out queries; {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}; "
+        f"{run.out}/config.json has every setting")
+
+    def student_metrics(t: int) -> str:
+        rows = json.loads((folders[t] / "metrics.json").read_text()) if ranks.first else []
+        return "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}, nDCG@10 {r['nDCG@10']:.3f}, R@100 {r['R@100']:.3f}" for r in rows)
+
+    def index_and_evaluate(t: int) -> None:
+        run.stage(t, "index", folders[t] / "index", lambda: build_index(run, folders[t]))
+        run.stage(t, "evaluate", folders[t] / "metrics.json", lambda: evaluate_student(run, t, folders[t]), lambda: student_metrics(t))
+
+    say("iteration 0")
+    run.stage(0, "student", folders[0] / "student", lambda: iteration_zero(run, folders[0]))
+    index_and_evaluate(0)
+
+    specs = {}
+    for role in ("pointwise", "pairwise"):
+        specs[role] = getattr(config, role)
+        if specs[role] == "scratch":
+            if role == "pointwise" or config.pointwise != "scratch":
+                run.stage(0, "mine", folders[0] / "mined.npz", lambda: mine(run, folders[0]))
+            run.stage(0, role, run.out / "teachers" / role / "model.safetensors", lambda: train_teacher(run, role, folders[0]))
+            specs[role] = str(run.out / "teachers" / role)
+    cache = Cache(run.out / "teachers", ranks.rank)
+    show = lambda name: f"  {name}" if ranks.first else None
+    pointwise = load_pointwise(specs["pointwise"], device=ranks.device, cache=cache, desc=show("pointwise"))
+    pairwise = load_pairwise(specs["pairwise"], config.orders, device=ranks.device, cache=cache, desc=show("pairwise"))
+
+    def from_cache() -> str:
+        text = f"{cache.found:,} of {cache.asked:,} scores on rank 0 from the cache"
+        cache.found = cache.asked = 0
+        return text
+
+    for t in range(1, config.iters + 1):
+        say(f"iteration {t}")
+        previous, folder = folders[t - 1], folders[t]
+        if config.rerank:
+            run.stage(t, "teachers", previous / "reranked.json",
+                      lambda: rerank_for_table(run, t - 1, pointwise, pairwise, previous),
+                      lambda: "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}" for r in json.loads((previous / "reranked.json").read_text())) if ranks.first else "")
+            cache.found = cache.asked = 0
+        run.stage(t, "retrieve", folder / "retrieved.npz", lambda: retrieve(run, t, previous, folder))
+        run.stage(t, "pointwise", folder / "pointwise.npz", lambda: rerank_pointwise(run, pointwise, folder), from_cache)
+        run.stage(t, "pairwise", folder / "pairs.npz", lambda: compare_pairs(run, t, pairwise, folder),
+                  lambda: "{pairs:,} pairs, {disagreement:.0%} disagree with pointwise, position bias {position_bias:+.3f}; ".format(
+                      **pair_summary(folder)) + from_cache())
+        run.stage(t, "train", folder / "student", lambda: distill(run, t, previous, folder))
+        index_and_evaluate(t)
+    if ranks.first:
+        finish(run)
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+def finish(run: Run) -> None:
+    rows = json.loads((run.out / "metrics.json").read_text())
+    names = [m for m in METRICS if m in rows[0]]
+    titles = {"bm25": "BM25", "student": "student", "pointwise": "pointwise teacher on", "pairwise": "pairwise teacher on"}
+    print(f"\n{len(run.eval_ids):,} held-out queries{'':<18}" + "".join(f"{m:>11}" for m in names))
+    for r in sorted(rows, key=lambda r: (r["system"] != "bm25", r["iteration"], r["system"] != "student", r["system"] != "pointwise")):
+        title = titles[r["system"]] + ("" if r["system"] == "bm25" else " student" * (r["system"] != "student") + f" {r['iteration']}")
+        print(f"  {title:<40}" + "".join(f"{r[m]:>11.3f}" for m in names))
+    picture(run, rows)
+    print(f"\n{run.out}/report.png has the picture; the best student is {run.out}/iter{run.config.iters}/student")
+    print(f"search with it: python retrieve.py {run.out} \"how do I join two paths\"   ({time.time() - run.started:.0f} s in all)")
+
+
+def picture(run: Run, rows: list[dict]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    log = [json.loads(line) for line in open(run.out / "log.jsonl")]
+    figure, ((quality, losses), (agreement, times)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure.suptitle(f"PairDistill on {run.config.data}: {len(run.data.passages):,} passages, {len(run.eval_ids):,} held-out queries")
+
+    student = sorted((r["iteration"], r["MRR@10"]) for r in rows if r["system"] == "student")
+    quality.plot(*zip(*student), "o-", color="C0", label="student")
+    for t, y in student:
+        quality.annotate(f"{y:.3f}", (t, y), (0, 7), textcoords="offset points", ha="center", color="C0")
+    for system, colour, label in (("pointwise", "C1", "pointwise teacher, reranking it"), ("pairwise", "C2", "pairwise teacher, reranking it")):
+        points = sorted((r["iteration"], r["MRR@10"]) for r in rows if r["system"] == system)
+        if points:
+            quality.plot(*zip(*points), "s", color=colour, label=label)
+    quality.axhline(next(r["MRR@10"] for r in rows if r["system"] == "bm25"), color="grey", linestyle="--", label="BM25")
+    quality.set(title="quality", xlabel="iteration", ylabel="MRR@10", xticks=[t for t, _ in student])
+    quality.margins(y=0.2)
+    quality.legend(fontsize=8)
+
+    start = 0
+    for t in range(run.config.iters + 1):
+        steps = [r for r in log if r.get("iteration") == t and "step" in r]
+        if not steps:
+            continue
+        window = max(1, len(steps) // 20)
+        x = start + np.arange(len(steps))[window - 1:]
+        for n, (name, label) in enumerate((("cl", "$L_{CL}$"), ("kd", "$L_{KD}$"), ("pair", "$L_{pair}$"))):
+            if any(r[name] for r in steps):
+                y = np.convolve([r[name] for r in steps], np.ones(window) / window, "valid")
+                losses.plot(x, y, color=f"C{n}", label=label if t == run.config.iters else None)
+        losses.axvline(start, color="grey", linewidth=0.5)
+        losses.text(start, 1.0, f" iteration {t}", transform=losses.get_xaxis_transform(), va="top", fontsize=8, color="grey")
+        start += len(steps)
+    losses.set(title="loss terms, unweighted", xlabel="step", yscale="log")
+    losses.legend(fontsize=8)
+
+    summaries = [pair_summary(run.out / f"iter{t}") for t in range(1, run.config.iters + 1)]
+    t = np.arange(1, len(summaries) + 1)
+    agreement.bar(t - 0.2, [s["disagreement"] for s in summaries], 0.4, label="pairs where the teachers disagree (A.2)")
+    agreement.bar(t + 0.2, [s["position_bias"] for s in summaries], 0.4, label="position bias, mean of $p_{ij} + p_{ji} - 1$")
+    agreement.axhline(0, color="black", linewidth=0.5)
+    agreement.set(title="the teachers", xlabel="iteration", xticks=t)
+    agreement.legend(fontsize=8)
+
+    spent: dict[str, float] = {}
+    for r in log:
+        if "stage" in r:
+            spent[r["stage"]] = spent.get(r["stage"], 0) + r["seconds"]
+    times.barh(list(spent)[::-1], list(spent.values())[::-1], color="C0")
+    times.set(title=f"where the time went: {sum(spent.values()):.0f} s", xlabel="seconds, all iterations")
+    figure.savefig(run.out / "writing.report.png", dpi=110)
+    plt.close(figure)
+    os.replace(run.out / "writing.report.png", run.out / "report.png")
+
+
+def main(argv: list[str]) -> int:
+    preset, config = parse(argv)
+    import ranks
+    try:
+        check(config)
+        if "WORLD_SIZE" not in os.environ:
+            n, why = ranks.how_many(config.gpus)
+            if why:
+                print(why, flush=True)
+            if n > 1:
+                code = ranks.launch(n, [os.path.abspath(__file__), *argv])
+                if code in (130, 143):
+                    print(f"\nstopped; the same command goes on from the last finished stage in {config.out}", flush=True)
+                return code
+        me = ranks.init()
+        import transformers
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        iterate(config, preset, me)
+        return 0
+    except ValueError as e:
+        return ranks.refuse(e)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from the last finished stage in {config.out}", flush=True)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
