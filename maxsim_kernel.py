@@ -42,6 +42,7 @@ Check it: python -m pytest test_pairdistill.py -k maxsim; measure it: python ben
 python bench.py --compile.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -103,35 +104,33 @@ def _scores_shape(B: int, N: int, paired: bool) -> tuple[int, int]:
 BLOCK_SIMILARITIES = 1 << 18  # held at a time: 1 MB in float32, so that they stay in a core's second-level cache
 
 
-def _blocks(offsets: Tensor, first: int, last: int, n_columns: int):
-    """Passages first to last - 1 that are not empty, sorted by length and cut into blocks: numbers n, tokens [n, L]."""
-    bounds = offsets[first : last + 1].tolist()
-    length = [end - start for start, end in zip(bounds, bounds[1:])]
-    order = sorted((n for n in range(last - first) if length[n]), key=length.__getitem__)
-    while order:
-        size = 1
-        while size < len(order) and (size + 1) * length[order[size]] * n_columns <= BLOCK_SIMILARITIES:
-            size += 1
-        block, order = order[:size], order[size:]
-        number_n = torch.tensor(block, device=offsets.device) + first
-        position_L = torch.arange(length[block[-1]], device=offsets.device)
+def _blocks(offsets: Tensor, first: int, last: int, n_columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Passages first to last - 1, less the empty ones, by length and in blocks: numbers [n], rows of d [n, L]."""
+    length, number = offsets[first : last + 1].diff().sort(stable=True)
+    length_list, begin = length.tolist(), int((length == 0).sum())
+    while begin < len(length):
+        end = begin + 1
+        while end < len(length) and (end + 1 - begin) * length_list[end] * n_columns <= BLOCK_SIMILARITIES:
+            end += 1
+        number_n = first + number[begin:end]
+        position_L = torch.arange(length_list[end - 1], device=offsets.device)
         yield number_n, torch.minimum(offsets[number_n, None] + position_L, offsets[number_n + 1, None] - 1)
+        begin = end
 
 
 def _blockwise_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, paired: bool, save: bool,
                        max_length: int | None) -> tuple[Tensor, Tensor | None]:
-    """Scores, and winners [N, C] as positions in their passage, where C = Q columns (paired) or B * Q."""
+    """Scores, and winners [N, C] as positions in their passages: C = B * Q columns, or Q of the own block's query."""
     (B, Q, E), N = q.shape, len(offsets) - 1
-    K, dtype = N // max(B, 1), _sum_dtype(q.dtype)
-    longest = int(offsets.diff().max()) if N else 0
-    _expect(max_length is None or longest <= max_length, f"max_length is {max_length}, but a passage has {longest} tokens")
-    # Own blocks: one query with its K passages at a time. All pairs: all queries with all passages.
-    groups = [(slice(b, b + 1), b * K, b * K + K) for b in range(B)] if paired else [(slice(0, B), 0, N)]
-    scores_NG = q.new_zeros(N, 1 if paired else B, dtype=dtype)
-    winners_NC = q.new_zeros(N, Q if paired else B * Q, dtype=_winner_dtype(longest)) if save else None
-    for queries, first, last in groups:
-        q_EC = q[queries].reshape(-1, E).to(dtype).T
-        for number_n, token_nL in _blocks(offsets, first, last, q_EC.shape[1]):
+    dtype, longest = _sum_dtype(q.dtype), int(offsets.diff().max()) if N else 0
+    _expect(max_length is None or longest <= max_length,
+            f"max_length is {max_length}, but a passage has {longest} tokens")
+    G, M = (B, N // max(B, 1)) if paired else (1, N)  # groups of queries and passages that meet, M passages in each
+    scores_NB = q.new_zeros(N, B // max(G, 1), dtype=dtype)
+    winners_NC = q.new_zeros(N, B * Q // max(G, 1), dtype=_winner_dtype(longest)) if save else None
+    for g in range(G):
+        q_EC = q.view(G, -1, E)[g].to(dtype).T
+        for number_n, token_nL in _blocks(offsets, g * M, g * M + M, q_EC.shape[1]):
             n, L = token_nL.shape
             sims_nLC = (d.index_select(0, token_nL.flatten()).to(dtype) @ q_EC).view(n, L, -1)
             best_nC = sims_nLC.amax(1)
@@ -142,11 +141,10 @@ def _blockwise_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | N
                 winner_nC = L - sims_nLC.eq_(best_nC[:, None]).mul_(falling_L1).amax(1)
                 last_n1 = (offsets[number_n + 1] - offsets[number_n] - 1)[:, None]
                 winners_NC[number_n] = torch.minimum(winner_nC, last_n1).to(winners_NC.dtype)
-            best_nGQ = best_nC.view(n, -1, Q)
             if q_mask is not None:
-                best_nGQ = best_nGQ.masked_fill(~q_mask[queries], 0)
-            scores_NG[number_n] = best_nGQ.sum(-1)
-    return (scores_NG.view(B, K) if paired else scores_NG.T.contiguous()), winners_NC
+                best_nC = best_nC.masked_fill(~q_mask.view(G, -1)[g], 0)
+            scores_NB[number_n] = best_nC.view(n, -1, Q).sum(-1)
+    return (scores_NB.view(B, M) if paired else scores_NB.T.contiguous()), winners_NC
 
 
 def _winner_dtype(longest: int) -> torch.dtype:
@@ -157,31 +155,30 @@ def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tens
                         winners_NC: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
     """Both gradients as weighted sums of rows: torch's embedding_bag, which adds in a fixed order."""
     (B, Q, E), T, (N, C) = q.shape, len(d), winners_NC.shape
-    if T == 0 or N == 0 or C == 0:
+    if T == 0 or winners_NC.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(d)
-    dtype = _sum_dtype(q.dtype)
-    token_NC = (offsets[:-1, None] + winners_NC.long()).clamp_(max=T - 1)
-    row_NC = torch.arange(B * Q, device=q.device).view(-1, C).repeat_interleave(N // B if paired else N, 0)
-    weight_N1or_B = grad_scores.reshape(N, 1) if paired else grad_scores.T
-    weight_NC = (weight_N1or_B * (offsets.diff() > 0)[:, None]).to(dtype).repeat_interleave(Q, 1)
+    dtype, (G, M) = _sum_dtype(q.dtype), (B, N // B) if paired else (1, N)
+    token_GMC = (offsets[:-1, None] + winners_NC.long()).clamp_(max=T - 1).view(G, M, C)
+    row_GMC = torch.arange(B * Q, device=q.device).view(G, 1, C).expand(G, M, C)
+    weight_GMC = (grad_scores[..., None] if paired else grad_scores.T[None]).to(dtype).repeat_interleave(Q, -1)
+    weight_GMC = weight_GMC * (offsets.diff() > 0).view(G, M, 1)
     if q_mask is not None:
-        weight_NC = weight_NC * q_mask.flatten()[row_NC]
+        weight_GMC = weight_GMC * q_mask.view(G, 1, C)
     # A bag for each query token: the passage tokens that it chose.
-    token_RN, weight_RN = (x.view(-1, N // B if paired else N, C).transpose(1, 2).reshape(B * Q, -1)
-                           for x in (token_NC, weight_NC))
-    grad_q = F.embedding_bag(token_RN, d.to(dtype), mode="sum", per_sample_weights=weight_RN)
+    token_RM, weight_RM = (x.transpose(1, 2).reshape(B * Q, M) for x in (token_GMC, weight_GMC))
+    grad_q = F.embedding_bag(token_RM, d.to(dtype), mode="sum", per_sample_weights=weight_RM)
     # A bag for each passage token: the query tokens that chose it, which a stable sort brings together.
-    token, order = token_NC.flatten().sort(stable=True)
-    bag_starts_T = torch.searchsorted(token, torch.arange(T, device=d.device))
-    grad_d = F.embedding_bag(row_NC.flatten()[order], q.reshape(-1, E).to(dtype), bag_starts_T, mode="sum",
-                             per_sample_weights=weight_NC.flatten()[order])
+    token, order = token_GMC.flatten().sort(stable=True)
+    begin_T = torch.searchsorted(token, torch.arange(T, device=d.device))
+    row, weight = row_GMC.flatten()[order], weight_GMC.flatten()[order]
+    grad_d = F.embedding_bag(row, q.view(-1, E).to(dtype), begin_T, mode="sum", per_sample_weights=weight)
     return grad_q.view_as(q).to(q.dtype), grad_d.to(d.dtype)
 
 
 # ---- The kernels: Triton ---------------------------------------------------------------------------------------------
-# A kernel is a function that many programs run at once, each with its own program_id; tl.load and tl.store take a
-# tensor of addresses. Sizes that are tl.constexpr are known when the kernel is compiled, the others when it is
-# launched. SIZES names those of the latter kind, for which Triton should not compile a new kernel at each value.
+# A kernel is run by many programs at once, each with its own program_id, each on blocks whose sizes are powers of two.
+# tl.load and tl.store take a block of addresses, and a mask of those to touch. A tl.constexpr argument is known when
+# the kernel is compiled, the others when it is launched; for those in SIZES, a new value is no reason to compile again.
 
 SIZES = ["B", "Q", "N", "K", "P", "width", "max_length", "first_query", "n_queries", "n_labelled", "n_pairs"]
 
@@ -199,7 +196,7 @@ FAR = tl.constexpr(-1e30)  # for scores that are not there: its exponential is 0
 @_kernel
 def _dot(a, b):
     """a @ b in b's type, with sums in float32; of float32 in float32, not in the tensor cores' shorter tf32."""
-    if INTERPRETED:  # NumPy has no bfloat16: the interpreter would multiply its bits as integers
+    if INTERPRETED and b.dtype == tl.bfloat16:  # which NumPy does not know: it would multiply its bits as integers
         b = b.to(tl.float32)
     return tl.dot(a.to(b.dtype), b, input_precision="ieee")
 
@@ -216,31 +213,35 @@ def _forward_kernel(
     E: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, SAVE: tl.constexpr,
     QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
-    # Locate: one passage, QUERIES queries (PAIRED: the one it belongs to). Neighbours share the passage, hence the cache.
+    # Locate: one passage, QUERIES queries (PAIRED: the one it belongs to). Neighbouring programs share the passage, so
+    # all but the first find it in the cache.
     groups = 1 if PAIRED else tl.cdiv(B, QUERIES)
     n = tl.program_id(0) // groups
     first = n // K if PAIRED else tl.program_id(0) % groups * QUERIES
-    n = n.to(tl.int64)  # N * B * Q and T * E may pass 2^31; divisions stay in 32 bits, where they are fast
-    start, end = tl.load(offsets_ptr + n), tl.load(offsets_ptr + n + 1)
+    start = tl.load(offsets_ptr + n)
+    length = tl.load(offsets_ptr + n + 1) - start
+    # T * E, N * B * Q and their like may pass 2^31: base addresses are made in 64 bits, what is added to them in 32.
+    d_ptr += start.to(tl.int64) * E
+    q_ptr += tl.cast(first, tl.int64) * Q * E
     tile_T, e_E = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     column_C = tl.arange(0, QUERIES * BLOCK_Q)
-    b_C = first + column_C // BLOCK_Q
+    b_C = column_C // BLOCK_Q  # counted from the first
 
     scores = tl.zeros([QUERIES], tl.float32)
     for q0 in range(0, Q, BLOCK_Q):  # once, unless the query is long
         position_C = q0 + column_C % BLOCK_Q
         row_C = b_C * Q + position_C
-        inside_C = (b_C < B) & (position_C < Q)
+        inside_C = (first + b_C < B) & (position_C < Q)
         live_C = inside_C
         if MASKED:
-            live_C = inside_C & (tl.load(mask_ptr + row_C, mask=inside_C, other=0) != 0)
-        q_CE = tl.load(q_ptr + row_C.to(tl.int64)[:, None] * E + e_E, mask=live_C[:, None] & (e_E < E), other=0.0)
+            live_C = inside_C & (tl.load(mask_ptr + first * Q + row_C, mask=inside_C, other=0) != 0)
+        q_CE = tl.load(q_ptr + row_C[:, None] * E + e_E, mask=live_C[:, None] & (e_E < E), other=0.0)
 
         # Compute: the running maximum stays elementwise; reducing each tile across threads would cost more than it.
         best_TC = tl.full([BLOCK_T, QUERIES * BLOCK_Q], float("-inf"), tl.float32)
         from_TC = tl.zeros([BLOCK_T, QUERIES * BLOCK_Q], tl.int32)
-        for t in range(start, end, BLOCK_T):
-            token_T = tl.minimum(t + tile_T, end - 1).to(tl.int64)
+        for t in range(0, length, BLOCK_T):
+            token_T = tl.minimum(t + tile_T, length - 1)
             d_TE = tl.load(d_ptr + token_T[:, None] * E + e_E, mask=e_E < E, other=0.0)
             sims_TC = _dot(d_TE, tl.trans(q_CE))
             if SAVE:
@@ -250,18 +251,16 @@ def _forward_kernel(
         # Reduce: over the rows, to each column's maximum and the lowest token that has it; then over each query.
         best_C = tl.max(best_TC, 0)
         if SAVE:
-            token_C = tl.min(tl.where(best_TC == best_C, from_TC + tile_T[:, None], end), 0)
-            winner_C = tl.minimum(token_C, end - 1) - start
-            column = position_C if PAIRED else row_C
-            stride = Q if PAIRED else B * Q
-            tl.store(winners_ptr + n * stride + column, winner_C, mask=inside_C & (start < end))
-        best_C = tl.where(live_C & (start < end), best_C, 0.0)
+            winner_C = tl.min(tl.where(best_TC == best_C, from_TC + tile_T[:, None], length), 0)
+            base = n.to(tl.int64) * Q if PAIRED else (n.to(tl.int64) * B + first) * Q
+            tl.store(winners_ptr + base + row_C, tl.minimum(winner_C, length - 1), mask=inside_C & (length > 0))
+        best_C = tl.where(live_C & (length > 0), best_C, 0.0)
         scores += tl.sum(tl.reshape(best_C, [QUERIES, BLOCK_Q]), 1)
 
     # Store. A passage longer than it was said to be has winners that did not fit their type: it must not go unnoticed.
-    scores = tl.where(end - start <= max_length, scores, float("nan"))
+    scores = tl.where(length <= max_length, scores, float("nan"))
     b = first + tl.arange(0, QUERIES)
-    tl.store(scores_ptr + (n if PAIRED else b * N.to(tl.int64) + n) + tl.zeros_like(b), scores, mask=b < B)
+    tl.store(scores_ptr + (n + 0 * b if PAIRED else b.to(tl.int64) * N + n), scores, mask=b < B)
 
 
 # The passages' gradient, dL/dd[t] = sum over the columns (b, i) that t wins of dL/ds[b, n] q[b, i], is a product again:
@@ -282,33 +281,34 @@ def _backward_passages_kernel(
     BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
     n = tl.program_id(0)
-    first_row = n // K * Q if PAIRED else 0
+    first_row = n // K * Q if PAIRED else n * 0
     columns = Q if PAIRED else B * Q
-    n = n.to(tl.int64)
-    start, end = tl.load(offsets_ptr + n), tl.load(offsets_ptr + n + 1)
-    tile_C, e_E = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
+    start = tl.load(offsets_ptr + n)
+    length = tl.load(offsets_ptr + n + 1) - start
+    grad_d_ptr += start.to(tl.int64) * E
+    winners_ptr += n.to(tl.int64) * columns
+    tile_T, tile_C, e_E = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
 
-    for t in range(start, end, BLOCK_T):
-        token_T = t + tl.arange(0, BLOCK_T)
+    for t in range(0, length, BLOCK_T):
         grad_TE = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
         for c in range(0, columns, BLOCK_C):
-            column_C = c + tile_C
-            row_C = first_row + column_C
-            live_C = column_C < columns
+            row = first_row + c
+            live_C = c + tile_C < columns
             if MASKED:
-                live_C = live_C & (tl.load(mask_ptr + row_C, mask=live_C, other=0) != 0)
-            winner_C = start + tl.load(winners_ptr + n * columns + column_C, mask=live_C, other=0).to(tl.int32)
-            score_C = n + column_C * 0 if PAIRED else (row_C // Q).to(tl.int64) * N + n
+                live_C = live_C & (tl.load(mask_ptr + row + tile_C, mask=live_C, other=0) != 0)
+            winner_C = tl.load(winners_ptr + c + tile_C, mask=live_C, other=0).to(tl.int32)
+            score_C = n + 0 * tile_C if PAIRED else ((row + tile_C) // Q).to(tl.int64) * N + n
             weight_C = tl.load(grad_scores_ptr + score_C, mask=live_C, other=0.0)
-            q_CE = tl.load(q_ptr + row_C.to(tl.int64)[:, None] * E + e_E, mask=live_C[:, None] & (e_E < E), other=0.0)
+            q_tile_ptr = q_ptr + row.to(tl.int64) * E
+            q_CE = tl.load(q_tile_ptr + tile_C[:, None] * E + e_E, mask=live_C[:, None] & (e_E < E), other=0.0)
             largest = 1.0
             if q_CE.dtype == tl.float16:  # a scaled loss leaves float16's range: divide before, multiply after
                 largest = tl.max(tl.abs(weight_C), 0)
                 largest = tl.where(largest > 0, largest, 1.0)
-            weight_TC = tl.where(winner_C == token_T[:, None], weight_C / largest, 0.0)
+            weight_TC = tl.where(winner_C == (t + tile_T)[:, None], weight_C / largest, 0.0)
             grad_TE += _dot(weight_TC, q_CE) * largest
-        address_TE = token_T.to(tl.int64)[:, None] * E + e_E
-        tl.store(grad_d_ptr + address_TE, grad_TE.to(grad_d_ptr.dtype.element_ty), mask=(token_T < end)[:, None] & (e_E < E))
+        real_TE = (t + tile_T < length)[:, None] & (e_E < E)
+        tl.store(grad_d_ptr + (t + tile_T)[:, None] * E + e_E, grad_TE.to(grad_d_ptr.dtype.element_ty), mask=real_TE)
 
 
 # The queries' gradient, dL/dq[b, i] = sum_n dL/ds[b, n] d[w(b, i, n)], gathers one row of d for each passage. One
@@ -392,8 +392,9 @@ def _losses_eager(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Te
     if positive is not None:
         labelled_B = positive >= 0
         positive_B1 = own_BK.gather(1, positive.long().clamp(min=0)[:, None])
-        others_BN = scores.scatter(1, column_BK, -torch.inf) if in_batch else own_BK
-        candidates = torch.cat([positive_B1, others_BN], 1) if in_batch else own_BK
+        candidates = own_BK
+        if in_batch:
+            candidates = torch.cat([positive_B1, scores.scatter(1, column_BK, -torch.inf)], 1)
         cl_B = torch.where(labelled_B, candidates.logsumexp(1) - positive_B1[:, 0], 0)
         cl = _mean(cl_B, labelled_B.sum() if options.n_labelled is None else options.n_labelled)
 
@@ -402,14 +403,14 @@ def _losses_eager(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Te
     kd_BK = torch.xlogy(point_BK, point_BK) - point_BK * own_BK.log_softmax(1)
     kd = _mean(kd_BK, n_queries)
 
-    # Section 4.2: L_pair = KL(P_pair || P), both outcomes; the softmax over two scores is a sigmoid of their difference.
+    # Section 4.2: L_pair = KL(P_pair || P), both outcomes; softmax over two scores is the sigmoid of their difference.
     valid_BP = pairs[..., 0] >= 0
     i_BP, j_BP = pairs.long().clamp(min=0).unbind(-1)
     margin_BP = own_BK.gather(1, i_BP) - own_BK.gather(1, j_BP)
     p_BP = torch.where(valid_BP, pair_probs, 0.5)
     kl_BP = (torch.xlogy(p_BP, p_BP) - p_BP * F.logsigmoid(margin_BP)
              + torch.xlogy(1 - p_BP, 1 - p_BP) - (1 - p_BP) * F.logsigmoid(-margin_BP))
-    # PAPER: a sum over a query's pairs ("sum"). The authors' code, and lambda_pair = 3, take the mean over all pairs.
+    # PAPER: a sum over a query's pairs ("sum"). The authors' code, with lambda_pair = 3, takes the mean over all pairs.
     n_pairs = valid_BP.sum() if options.n_pairs is None else options.n_pairs
     pair = _mean(torch.where(valid_BP, kl_BP, 0), n_pairs if options.pair_reduction == "mean" else n_queries)
     return Losses(cl + options.lambda_kd * kd + options.lambda_pair * pair, cl, kd, pair)
@@ -422,9 +423,9 @@ def _mean(terms: Tensor, count: int | Tensor) -> Tensor:
 
 # The same in one launch, with the gradients beside the losses. With p the student's distribution and sigma a sigmoid,
 #
-#     dL_CL/ds_k = p_k - [k is the positive]      dL_KD/ds_k = p_k - P_point,k      dL_pair/ds_i = sigma(s_i - s_j) - P_pair
+#     dL_CL/ds_k = p_k - [k is the positive]    dL_KD/ds_k = p_k - P_point,k    dL_pair/ds_i = sigma(s_i - s_j) - P_pair
 #
-# and dL_pair/ds_j the negative of it. A program owns a query's row of scores, so a pair adds to its two positions by
+# and dL_pair/ds_j its negative. A program owns a query's row of scores, so a pair adds to its two positions by
 # comparison with every position, not by an atomic addition.
 
 
@@ -534,15 +535,14 @@ def _head_kernel(
 # rows spills registers (`python bench.py --compile`), and `python bench.py --tune` measures them again.
 
 LAUNCH = {
-    # (compute capability, or 0 for any other; bytes an element; dim up to):
-    # (forward's BLOCK_T, columns, warps, stages), (passages' BLOCK_T, BLOCK_C, warps, stages), (queries' BLOCK_N, warps)
+    # (compute capability, or 0 for any other; bytes an element; dim up to): for each kernel its tile, warps and stages:
+    # forward (BLOCK_T, columns, ...), passages' gradient (BLOCK_T, BLOCK_C, ...), queries' gradient (BLOCK_N, warps)
     (9, 2, 128): ((64, 128, 4, 3), (64, 64, 4, 2), (32, 4)),
-    (8, 2, 128): ((64, 128, 8, 3), (64, 64, 8, 2), (32, 4)),
     (0, 2, 128): ((64, 128, 8, 3), (64, 64, 8, 3), (32, 4)),
     (0, 2, 256): ((64, 64, 8, 2), (64, 64, 8, 2), (16, 4)),
     (0, 2, 512): ((32, 32, 8, 2), (16, 32, 8, 2), (8, 4)),
     (0, 2, 1024): ((16, 16, 4, 2), (16, 16, 8, 2), (8, 4)),
-    (0, 4, 128): ((32, 64, 8, 3), (32, 64, 8, 2), (16, 4)),
+    (0, 4, 128): ((32, 64, 8, 3), (32, 64, 8, 3), (16, 4)),
     (0, 4, 256): ((32, 32, 8, 2), (16, 32, 8, 2), (8, 4)),
     (0, 4, 512): ((16, 16, 8, 2), (16, 16, 8, 1), (8, 4)),
     (0, 4, 1024): ((16, 16, 8, 2), (16, 16, 8, 1), (4, 4)),
@@ -564,7 +564,8 @@ def launch_options(q_shape: tuple[int, ...], element_size: int, paired: bool, ca
     block_c = min(passages[1], max(_power_of_2(Q if paired else B * Q), 16))
     common = {"E": E, "BLOCK_E": block_e, "PAIRED": paired}
     return (
-        common | {"QUERIES": n_queries, "BLOCK_Q": block_q, "BLOCK_T": forward[0], "num_warps": forward[2], "num_stages": forward[3]},
+        common | {"QUERIES": n_queries, "BLOCK_Q": block_q, "BLOCK_T": forward[0], "num_warps": forward[2],
+                  "num_stages": forward[3]},
         common | {"BLOCK_C": block_c, "BLOCK_T": passages[0], "num_warps": passages[2], "num_stages": passages[3]},
         common | {"BLOCK_N": queries[0], "num_warps": queries[1]},
     )
@@ -574,7 +575,8 @@ def head_options(K: int, P: int, width: int, pair_reduction: str) -> dict:
     """Keyword arguments of the loss head. A tile [BLOCK_P, BLOCK_K] spreads the pairs over the block's positions."""
     block_k = _power_of_2(K)
     block_p = max(min(_power_of_2(P), 1024 // block_k), 1)
-    return {"OWN": width == K, "PAIR_SUM": pair_reduction == "sum", "BLOCK_K": block_k, "BLOCK_P": block_p, "BLOCK": 512}
+    return {"OWN": width == K, "PAIR_SUM": pair_reduction == "sum", "BLOCK_K": block_k, "BLOCK_P": block_p,
+            "BLOCK": 512, "maxnreg": 128}
 
 
 def _capability(tensor: Tensor) -> int:
@@ -593,13 +595,13 @@ def _triton_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None
     max_length = len(d) if max_length is None else max_length
     scores = torch.empty(_scores_shape(B, N, paired), dtype=torch.float32, device=q.device)
     winners = torch.empty(N, Q if paired else B * Q, dtype=_winner_dtype(max_length), device=q.device) if save else None
-    configuration = launch_options(q.shape, q.element_size(), paired, _capability(q))[0]
-    programs = N * (1 if paired else -(-B // configuration["QUERIES"]))
+    options = launch_options(q.shape, q.element_size(), paired, _capability(q))[0]
+    programs = N * (1 if paired else triton.cdiv(B, options["QUERIES"]))
+    masked, mask = q_mask is not None, q if q_mask is None else q_mask.view(torch.uint8)
     if programs:
         with _on(q):
-            _forward_kernel[(programs,)](
-                q, d, offsets, q if q_mask is None else q_mask.view(torch.uint8), scores, scores if winners is None else winners,
-                B, Q, N, K, max_length, MASKED=q_mask is not None, SAVE=save, **configuration)
+            _forward_kernel[(programs,)](q, d, offsets, mask, scores, winners if save else scores, B, Q, N, K,
+                                         max_length, MASKED=masked, SAVE=save, **options)
     return scores, winners
 
 
@@ -607,14 +609,14 @@ def _triton_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tensor,
                      paired: bool) -> tuple[Tensor, Tensor]:
     (B, Q, _), N = q.shape, len(offsets) - 1
     _, passages, queries = launch_options(q.shape, q.element_size(), paired, _capability(q))
-    sizes = (B, Q, N, N // max(B, 1))
     masked, mask = q_mask is not None, q if q_mask is None else q_mask.view(torch.uint8)
     grad_q, grad_d = torch.empty_like(q), torch.empty_like(d)
+    inputs, sizes = (offsets, mask, winners, grad_scores), (B, Q, N, N // max(B, 1))
     with _on(q):
         if N:
-            _backward_passages_kernel[(N,)](q, offsets, mask, winners, grad_scores, grad_d, *sizes, MASKED=masked, **passages)
+            _backward_passages_kernel[(N,)](q, *inputs, grad_d, *sizes, MASKED=masked, **passages)
         if B * Q:
-            _backward_queries_kernel[(B * Q,)](d, offsets, mask, winners, grad_scores, grad_q, *sizes, MASKED=masked, **queries)
+            _backward_queries_kernel[(B * Q,)](d, *inputs, grad_q, *sizes, MASKED=masked, **queries)
     return grad_q, grad_d
 
 
@@ -624,16 +626,15 @@ def _triton_head(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Ten
     (B, K), P, width = teacher.shape, pairs.shape[1], scores.shape[1]
     if positive is None:
         positive = torch.full((B,), -1, dtype=torch.int32, device=scores.device)
+    inputs = _contiguous(scores, teacher.float(), pairs.int(), pair_probs.float(), positive.int())
     losses, grad = torch.empty(4, B, device=scores.device), torch.empty(B, width, device=scores.device)
-    counts = [-1 if count is None else count for count in (options.n_labelled, options.n_pairs)]
+    n_queries = B if options.n_queries is None else options.n_queries
+    n_labelled, n_pairs = (-1 if count is None else count for count in (options.n_labelled, options.n_pairs))
+    weights = weights or (1.0, float(options.lambda_kd), float(options.lambda_pair))
     if B:
         with _on(scores):
-            _head_kernel[(B,)](
-                *_contiguous(scores, teacher.detach().float(), pairs.int(), pair_probs.detach().float(), positive.int()),
-                losses, grad,
-                B, K, P, width, options.first_query, B if options.n_queries is None else options.n_queries, *counts,
-                1 / options.tau, *(weights or (1.0, options.lambda_kd, options.lambda_pair)),
-                **head_options(K, P, width, options.pair_reduction))
+            _head_kernel[(B,)](*inputs, losses, grad, B, K, P, width, options.first_query, n_queries, n_labelled,
+                               n_pairs, 1 / options.tau, *weights, **head_options(K, P, width, options.pair_reduction))
     return losses.sum(1), grad
 
 
@@ -747,9 +748,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def pairdistill_loss(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Tensor, positive: Tensor | None = None,
-                     *, tau: float = 1.0, lambda_kd: float = 1.0, lambda_pair: float = 3.0, pair_reduction: str = "mean",
-                     backend: str = "auto", first_query: int = 0, n_queries: int | None = None,
-                     n_labelled: int | None = None, n_pairs: int | None = None) -> Losses:
+                     *, tau: float = 1.0, lambda_kd: float = 1.0, lambda_pair: float = 3.0,
+                     pair_reduction: str = "mean", backend: str = "auto", first_query: int = 0,
+                     n_queries: int | None = None, n_labelled: int | None = None, n_pairs: int | None = None) -> Losses:
     """L = L_CL + lambda_kd L_KD + lambda_pair L_pair (section 4.2), differentiable in scores.
 
     scores [B, K], each query with its own block, or [B, width], with the blocks of all queries of the global batch, in
@@ -772,9 +773,10 @@ def pairdistill_loss(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs:
 
 def pairdistill_objective(q: Tensor, d: Tensor, offsets: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Tensor,
                           positive: Tensor | None = None, q_mask: Tensor | None = None, *, in_batch: bool = True,
-                          tau: float = 1.0, lambda_kd: float = 1.0, lambda_pair: float = 3.0, pair_reduction: str = "mean",
-                          backend: str = "auto", first_query: int = 0, n_queries: int | None = None,
-                          n_labelled: int | None = None, n_pairs: int | None = None, max_length: int | None = None) -> Losses:
+                          tau: float = 1.0, lambda_kd: float = 1.0, lambda_pair: float = 3.0,
+                          pair_reduction: str = "mean", backend: str = "auto", first_query: int = 0,
+                          n_queries: int | None = None, n_labelled: int | None = None, n_pairs: int | None = None,
+                          max_length: int | None = None) -> Losses:
     """pairdistill_loss of maxsim (in_batch) or maxsim_paired, as one autograd function: what training calls.
 
     Its total is differentiable in q and d; cl, kd and pair are there to be looked at (with backend "eager", all are).
@@ -788,11 +790,12 @@ def pairdistill_objective(q: Tensor, d: Tensor, offsets: Tensor, teacher: Tensor
         if backend == "eager":
             scores = maxsim_eager(q, d, offsets, q_mask, not in_batch)
             return _losses_eager(scores, teacher, pairs, pair_probs, positive, options)
-        return Losses(*_Objective.apply(*_contiguous(q, d, offsets, q_mask), teacher, pairs, pair_probs, positive, options,
-                                        not in_batch, max_length, backend))
+        return Losses(*_Objective.apply(*_contiguous(q, d, offsets, q_mask), teacher, pairs, pair_probs, positive,
+                                        options, not in_batch, max_length, backend))
 
 
-# ---- The boundary: one sentence for each thing that can be wrong; values are looked at on a CPU only (a GPU would wait) ----
+# ---- The boundary: one sentence for each thing that can be wrong -----------------------------------------------------
+# Values are looked at on a CPU only: a GPU would have to finish what it is doing first.
 
 BACKENDS = ("auto", "triton", "torch", "eager")
 TRITON_MAX_DIM = 1024  # a tile holds whole rows
@@ -820,9 +823,10 @@ def _choose(backend: str, tensor: Tensor) -> str:
         return "triton" if triton is not None and tensor.is_cuda and fits else "torch"
     if backend == "triton":
         _expect(triton is not None, "backend='triton' needs the package triton (for Linux), which is not installed")
-        _expect(tensor.is_cuda or INTERPRETED.value, "backend='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1 "
-                f"in the environment before Python starts, got tensors on {tensor.device}")
-        _expect(fits, f"backend='triton' takes no float64 and dim up to {TRITON_MAX_DIM}, got {tensor.dtype} {list(tensor.shape)}")
+        _expect(tensor.is_cuda or INTERPRETED.value, "backend='triton' needs tensors on a CUDA device, or "
+                f"TRITON_INTERPRET=1 in the environment before Python starts, got tensors on {tensor.device}")
+        _expect(fits, f"backend='triton' takes no float64, and dim up to {TRITON_MAX_DIM}, "
+                f"got {tensor.dtype} {list(tensor.shape)}")
     return backend
 
 
@@ -852,9 +856,11 @@ def _check_losses(width: int, teacher: Tensor, pairs: Tensor, pair_probs: Tensor
     _expect(K > 0 and (width == K or (width % K == 0 and 0 <= first and (first + B) * K <= width)),
             f"scores must be {K} wide (the own block) or {K} times the number of all queries, of which these are "
             f"{first} to {first + B - 1}, got {width}")
-    _expect(options.pair_reduction in ("mean", "sum"), f"pair_reduction must be 'mean' or 'sum', got {options.pair_reduction!r}")
+    _expect(options.pair_reduction in ("mean", "sum"),
+            f"pair_reduction must be 'mean' or 'sum', got {options.pair_reduction!r}")
     if device.type == "cpu":
         padding_BP = (pairs == -1).all(-1)
-        _expect((padding_BP | ((pairs >= 0) & (pairs < K)).all(-1)).all(), f"pairs must lie in 0 to {K - 1}, or be -1 twice")
+        _expect((padding_BP | ((pairs >= 0) & (pairs < K)).all(-1)).all(),
+                f"pairs must lie in 0 to {K - 1}, or be -1 twice")
         _expect((padding_BP | ((pair_probs >= 0) & (pair_probs <= 1))).all(), "pair_probs must lie between 0 and 1")
         _expect(positive is None or ((positive >= -1) & (positive < K)).all(), f"positive must lie in -1 to {K - 1}")

@@ -251,7 +251,8 @@ def digest(folder: str | Path) -> str:
 
 
 def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 16000, hidden: int = 128,
-                    layers: int = 2, positions: int = 256, token_types: int = 16, seed: int = 0) -> None:
+                    layers: int = 2, positions: int = 256, token_types: int = 48, rarity: bool = False,
+                    seed: int = 0) -> None:
     """A small BERT with random weights and a WordPiece vocabulary made from `texts`, as an ordinary folder.
 
     Where no pretrained model is at hand. Small initial weights leave the residual stream nearly alone and small position
@@ -270,16 +271,22 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
         torch.manual_seed(seed)
         model = BertModel(config, add_pooling_layer=False)
         shared = torch.randn(hidden)
-    counts = torch.bincount(torch.tensor([i for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-                                          for i in set(ids)]), minlength=len(tokenizer))
-    rarity = (1 - counts.clamp(min=1).log() / np.log(len(texts)))[:, None]  # 1 for a word of one text, 0 for one of all
     with torch.no_grad():
-        words = model.embeddings.word_embeddings.weight
-        words.copy_(rarity.sqrt() * words + (1 - rarity).sqrt() * shared * config.initializer_range)
+        if rarity:
+            words = model.embeddings.word_embeddings.weight
+            rare = _rarity(tokenizer, texts)
+            words.copy_(rare.sqrt() * words + (1 - rare).sqrt() * shared * config.initializer_range)
         model.embeddings.position_embeddings.weight *= 0.1
         model.embeddings.token_type_embeddings.weight[0] = 0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _rarity(tokenizer, texts: list[str]) -> torch.Tensor:
+    """[vocabulary, 1]: the inverse document frequency, from 0 for a word of every text to 1 for a word of one."""
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    counts = torch.bincount(torch.tensor([i for row in ids for i in set(row)]), minlength=len(tokenizer))
+    return (1 - counts.clamp(min=1).log() / np.log(len(texts)))[:, None]
 
 
 # Pairs --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Retrieval: the best passages of many queries by MaxSim, from 38 bytes a passage token.
 
     index = Index.build(student, passages, "runs/docs/iter1/index")       # or Index.load("runs/docs/iter1/index")
-    scores, positions = index.search(q, k=10, q_mask=q_mask)       # of student.encode_queries
+    q, q_mask = student.encode_queries(["how do I join two paths"])
+    scores, positions = index.search(q, 10, q_mask)                       # passages[n] for n in positions[0]
 
     python retrieve.py runs/docs "how do I join two paths"                # with no question: a prompt
     python retrieve.py --student FOLDER --data SPEC --index FOLDER --queries queries.jsonl --run out.trec -k 1000
@@ -22,11 +23,12 @@ passage and query token in one integer, so that one sort does both the grouping 
 candidates are decoded whole and scored exactly.
 
 OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
-rank so much better (at equal time, .98 of the best passages among the candidates, not .83) that an eighth suffices.
+rank far better (with the same centroids, .98 of the best 50 passages are among the first 200, and not .83), so that an
+eighth of the centroids suffices, and a build takes an eighth of the time to find them.
 
 A single-vector student (DPR) is the case of one token a passage, not normalised. Any number of ranks builds the same
-files, in a folder that they share: passages are encoded in blocks that do not depend on the ranks. A build writes beside
-its target and renames, so that one that is killed leaves nothing that opens.
+files, in a folder that they share: passages are encoded in blocks that do not depend on the ranks. A build writes
+beside its target and renames, so that one that is killed leaves nothing that opens.
 
 Dimension key: B queries, N passages, T passage tokens, Q query tokens, E embedding, K centroids, M code bytes a token,
 C candidates a query, X query tokens of several queries one after the other, without padding.
@@ -55,15 +57,16 @@ from maxsim_kernel import maxsim, maxsim_paired
 FORMAT = 1
 BLOCK = 1024  # passages that are encoded and written together
 CODED = 4  # dimensions in a byte of code; four float32s are also 16 bytes, which move as one element when decoding
-PROBES = 8  # lists that a query token visits, at least
+GAIN_BITS = 24  # of the 64 in which a similarity is packed behind its query, passage and query token
+PROBES, VISITS = 8, 128  # lists that a query token visits, and that a query visits, at least
 QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
-DECODED = 1 << 16  # tokens decoded at a time: 32 MB at 128 dimensions
+DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which stay in a cache
 DTYPES = {"codes": np.uint8, "lists": np.uint16, "order": np.int32, "list_starts": np.int64, "offsets": np.int64,
           "centroids": np.float32, "codewords": np.float32}  # one raw file each; the manifest has their shapes
 
 
 class Index:
-    """Passage tokens in inverted lists. `len(index)` passages; `index.passage_ids` are their names, if it was given any.
+    """Passage tokens in inverted lists. len(index) is the number of passages, index.passage_ids are their names.
 
     codes [T, M] and lists [T] code the tokens in corpus order, offsets [N + 1] cuts them into passages; order [T] has
     their numbers list by list, list_starts [K + 1] cuts it into lists; centroids [K, E], codewords [M, 256, 4].
@@ -88,7 +91,7 @@ class Index:
     def bytes_per_token(self) -> float:
         return sum(path.stat().st_size for path in self.folder.iterdir()) / max(len(self.codes), 1)
 
-    # Build and load -----------------------------------------------------------------------------------------------------
+    # Build and load ---------------------------------------------------------------------------------------------------
 
     @classmethod
     @torch.no_grad()
@@ -113,7 +116,8 @@ class Index:
             np.savez(partial / f"sample{g}.npz", d=d.numpy(), lengths=lengths.numpy())
         barrier()  # without it rank 0 would train on part of the sample
         parts = [np.load(partial / f"sample{g}.npz") for g in range(len(groups))]
-        d_sample, sample_lengths = (torch.from_numpy(np.concatenate([p[name] for p in parts])) for name in ("d", "lengths"))
+        d_sample, sample_lengths = (torch.from_numpy(np.concatenate([part[name] for part in parts]))
+                                    for name in ("d", "lengths"))
         if rank == 0:
             _train(d_sample.float(), len(passages) / len(sample), partial, seed)
         barrier()  # without it a rank would read quantizers that are still being trained
@@ -159,7 +163,7 @@ class Index:
             arrays[name] = torch.from_numpy(array.view(np.int16) if dtype == np.uint16 else array).to(device)
         return cls(folder, manifest, arrays)
 
-    # Search -------------------------------------------------------------------------------------------------------------
+    # Search -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def search(self, q: Tensor, k: int, q_mask: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor]:
@@ -168,7 +172,8 @@ class Index:
         Where there are fewer than k passages, the rest have score -inf and position -1. exact: score every passage.
         """
         if q.ndim != 3 or q.shape[2] != self.centroids.shape[1] or k < 1:
-            raise ValueError(f"search: q {tuple(q.shape)}, k {k}; expected [B, Q, {self.centroids.shape[1]}] and k >= 1")
+            E = self.centroids.shape[1]
+            raise ValueError(f"search: q has shape {tuple(q.shape)} and k is {k}, expected [B, Q, {E}] and k >= 1")
         q = q.to(self.device, torch.float32)
         q_mask = q.new_ones(q.shape[:2], dtype=torch.bool) if q_mask is None else q_mask.to(self.device)
         scores = q.new_full((len(q), k), -torch.inf)
@@ -186,7 +191,7 @@ class Index:
     def _search_all(self, q: Tensor, q_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The best k by MaxSim with every passage, decoded as a stream."""
         scores, positions = q.new_zeros(len(q), 0), torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
-        for first, last in _runs(self.offsets):
+        for first, last in _runs(self.offsets, 8 * DECODED):
             offsets = self.offsets[first:last + 1]
             d_TE = self._decode(torch.arange(int(offsets[0]), int(offsets[-1]), device=q.device))
             scores = torch.cat([scores, maxsim(q, d_TE, (offsets - offsets[0]).int(), q_mask)], 1)
@@ -198,7 +203,7 @@ class Index:
     def _search_lists(self, q: Tensor, q_mask: Tensor, k: int, C: int) -> tuple[Tensor, Tensor]:
         candidates_BC = torch.cat([self._candidates(q[b:b + QUERIES_LISTED], q_mask[b:b + QUERIES_LISTED], k, C)
                                    for b in range(0, len(q), QUERIES_LISTED)])
-        # On a CPU passages that many queries chose are worth reading once; a GPU prefers one launch (see _score_shared).
+        # On a CPU it pays to read a passage once for all queries that chose it; a GPU prefers few launches.
         score = self._score_paired if q.is_cuda else self._score_shared
         scores_BC = score(q, q_mask, candidates_BC).masked_fill_(candidates_BC < 0, -torch.inf)
         scores, top = scores_BC.topk(k)
@@ -213,47 +218,50 @@ class Index:
         (B, Q, _), N = q.shape, len(self)
         b_X, i_X = q_mask.nonzero(as_tuple=True)
         q_XE = q[b_X, i_X]
-        probes = min(max(PROBES, k // 50, 128 * B // max(len(b_X), 1)), len(self.centroids) - 1)
-        near = (q_XE @ self.centroids.T).topk(probes + 1)
-        # A centroid is the mean of its tokens: the first list that is not visited tells what is missed there on average,
-        # one of the nearest what a good match is. What is less similar does not count, and half-way is imputed for it.
-        good_X, missed_X = near.values[:, probes // 8 - 1 if probes >= 8 else 0], near.values[:, -1]
-        imputed_X, key_X = (good_X + missed_X) / 2, b_X * (N * Q) + i_X
-        visited_V, order_V = near.indices[:, :-1].flatten().sort()
-        x_V = order_V // max(probes, 1)
+        # A query visits 128 lists at least: the fewer its tokens, the more depends on each (DPR has only one).
+        probes_X = (VISITS // q_mask.sum(1)[b_X]).clamp(min=max(PROBES, k // 50), max=len(self.centroids) - 1)
+        near = (q_XE @ self.centroids.T).topk(int(probes_X.max()) + 1 if len(b_X) else 1)
+        # A centroid is the mean of its tokens: the first list that is not visited tells what is missed on average, one
+        # of the nearest what a good match is. What is less similar does not count, and half-way is imputed for it.
+        # (.8: in a list of one token, or of equal ones, they are as similar as their centroid, but for rounding.)
+        good_X, missed_X = (near.values.gather(1, rank_X[:, None])[:, 0]
+                            for rank_X in ((probes_X // PROBES - 1).clamp(min=0), probes_X))
+        imputed_X = (missed_X + good_X) / 2
+        margin_X, key_X = .8 * (good_X - imputed_X), b_X * (N * Q) + i_X << GAIN_BITS
+        visits_XV = torch.arange(near.indices.shape[1], device=q.device) < probes_X[:, None]
+        visited_V, order_V = near.indices[visits_XV].sort()
+        x_V = visits_XV.nonzero()[:, 0][order_V]
         found = [torch.zeros(0, dtype=torch.int64, device=q.device)]
-        for token_T, v_T_edges in self._visited_lists(visited_V):
-            d_TE = self._decode(token_T)
-            hits = []
-            for (s, e), (i, j) in v_T_edges:
-                x = x_V[i:j]
-                sims = q_XE[x] @ d_TE[s:e].T
-                row, column = (sims > good_X[x, None]).nonzero(as_tuple=True)
-                hits.append((x[row], column + s, sims[row, column]))
-            x, t, sim = (torch.cat(h) for h in zip(*hits))
-            passage_T = torch.searchsorted(self.offsets, token_T.long(), right=True) - 1
-            found.append(_pack(key_X[x] + passage_T[t] * Q, sim - imputed_X[x]))
+        for token_T, visits, spans in self._visited_lists(visited_V):
+            d_ET = self._decode(token_T).T
+            key_T = (torch.searchsorted(self.offsets, token_T.long(), right=True) - 1) * Q << GAIN_BITS
+            x = x_V[visits]
+            q_VE, imputed_V = q_XE.index_select(0, x), imputed_X[x]
+            margin_V1, key_V1 = margin_X[x, None], key_X[x, None]
+            for s, e, i, j in spans:
+                gain_VT = torch.addmm(-imputed_V[i:j, None], q_VE[i:j], d_ET[:, s:e])
+                packed_VT = _gain_bits(gain_VT) + key_T[s:e] + key_V1[i:j]
+                found.append(packed_VT.masked_select(gain_VT > margin_V1[i:j]))
         found, ranked = torch.cat(found), []
         for first in range(0, B, QUERIES_RANKED):  # what fits into a cache is sorted in a third of the time
-            low, high = (b * N * Q << 24 for b in (first, first + QUERIES_RANKED))
+            low, high = (b * N * Q << GAIN_BITS for b in (first, first + QUERIES_RANKED))
             mine = found[(found >= low) & (found < high)] - low
             ranked.append(self._rank(mine.sort().values, min(QUERIES_RANKED, B - first), Q, C))
         return torch.cat(ranked)
 
     def _visited_lists(self, visited_V: Tensor):
-        """Of the lists in visited_V (sorted, with repetitions), a few at a time: the numbers of all their tokens, and
-        for each list the span of its tokens there and the span of its visits."""
+        """Of the lists in visited_V (sorted, with repetitions), a few at a time: the numbers of all their tokens, the
+        slice of their visits, and for each list its first and last token and visit within these."""
         lists, n_visits = visited_V.unique_consecutive(return_counts=True)
         lengths = self.list_starts[lists + 1] - self.list_starts[lists]
-        token_bounds, visit_bounds = _bounds(lengths), _bounds(n_visits).tolist()
-        for first, last in _runs(token_bounds):
-            edges = (token_bounds[first:last + 1] - token_bounds[first]).tolist()
-            token_T = self.order[_ragged(self.list_starts[lists[first:last]], lengths[first:last])]
-            visits = visit_bounds[first:last + 1]
-            yield token_T, list(zip(zip(edges, edges[1:]), zip(visits, visits[1:])))
+        token_bounds, visit_bounds = _bounds(lengths), _bounds(n_visits)
+        for first, last in _runs(token_bounds, DECODED):
+            tokens, visits = ((x[first:last + 1] - x[first]).tolist() for x in (token_bounds, visit_bounds))
+            yield (self.order[_ragged(self.list_starts[lists[first:last]], lengths[first:last])],
+                   slice(visit_bounds[first], visit_bounds[last]), list(zip(tokens, tokens[1:], visits, visits[1:])))
 
     def _rank(self, found: Tensor, B: int, Q: int, C: int) -> Tensor:
-        """found: packed (query, passage, query token; gain over the imputed similarity), sorted -> candidates [B, C]."""
+        """found: packed (query, passage, query token; gain over what is imputed), sorted -> candidates [B, C]."""
         key, gain = _unpack(found)
         largest = key != torch.cat([key[1:], key.new_full((1,), -1)])  # the last one of its key
         pair, number = (key[largest] // Q).unique_consecutive(return_inverse=True)
@@ -266,8 +274,8 @@ class Index:
         return passage_BP.gather(1, total_BP.topk(C).indices)
 
     def _score_shared(self, q: Tensor, q_mask: Tensor, candidates: Tensor) -> Tensor:
-        """MaxSim [B, C], passage by passage: each is decoded once and multiplied by the tokens of all queries that chose
-        it. On a CPU a third of maxsim_paired's time, which would have a passage gathered for every query."""
+        """MaxSim [B, C], passage by passage: each is decoded once and multiplied by the tokens of all queries that
+        chose it. On a CPU a third of maxsim_paired's time, which wants a passage's tokens once for every query."""
         n_tokens, q_XE = q_mask.sum(1), q[q_mask]
         chosen, pair = candidates.flatten().sort()
         chosen, pair = chosen[chosen >= 0], pair[chosen >= 0]
@@ -275,14 +283,14 @@ class Index:
         query, pair_bounds = pair // candidates.shape[1], _bounds(counts)
         lengths = self.offsets[passages + 1] - self.offsets[passages]
         token_bounds, scores = _bounds(lengths), q.new_zeros(candidates.numel())
-        for first, last in _runs(token_bounds):
+        for first, last in _runs(token_bounds, DECODED):
             d_TE = self._decode(_ragged(self.offsets[passages[first:last]], lengths[first:last]))
             mine = slice(pair_bounds[first], pair_bounds[last])
             n_tokens_mine = n_tokens[query[mine]]
             x_X = _ragged(_bounds(n_tokens)[query[mine]], n_tokens_mine)  # all tokens of all queries of all passages
             x_edges = _bounds(n_tokens_mine)[pair_bounds[first:last + 1] - pair_bounds[first]].tolist()
             t_edges = (token_bounds[first:last + 1] - token_bounds[first]).tolist()
-            best = [(d_TE[s:e] @ q_XE[x_X[i:j]].T).amax(0) if e > s else q.new_zeros(j - i)
+            best = [(d_TE[s:e] @ q_XE.index_select(0, x_X[i:j]).T).amax(0) if e > s else q.new_zeros(j - i)
                     for s, e, i, j in zip(t_edges, t_edges[1:], x_edges, x_edges[1:])]
             scores.index_add_(0, pair[mine].repeat_interleave(n_tokens_mine), torch.cat(best))
         return scores.view_as(candidates)
@@ -292,7 +300,7 @@ class Index:
         start_BC = self.offsets[candidates.clamp(min=0)]
         length_BC = torch.where(candidates < 0, 0, self.offsets[candidates.clamp(min=0) + 1] - start_BC)
         scores = []
-        for first, last in _runs(_bounds(length_BC.sum(1)), 32 * DECODED):
+        for first, last in _runs(_bounds(length_BC.sum(1)), 256 * DECODED):
             lengths = length_BC[first:last].flatten()
             d_TE = self._decode(_ragged(start_BC[first:last].flatten(), lengths))
             scores.append(maxsim_paired(q[first:last], d_TE, _bounds(lengths).int(), q_mask[first:last]))
@@ -309,7 +317,7 @@ class Index:
         return d_TE
 
 
-# Ragged rows, and integers that hold two things -------------------------------------------------------------------------
+# Ragged rows, and integers that hold two things -----------------------------------------------------------------------
 
 def _bounds(lengths: Tensor) -> Tensor:
     """[n] -> [n + 1]: where each of n runs begins, and the last one ends."""
@@ -322,7 +330,7 @@ def _ragged(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(int(bounds[-1]), device=starts.device) + (starts - bounds[:-1]).repeat_interleave(lengths)
 
 
-def _runs(bounds: Tensor, size: int = DECODED) -> list[tuple[int, int]]:
+def _runs(bounds: Tensor, size: int) -> list[tuple[int, int]]:
     """Cuts the rows between bounds into (first, last) with about `size` elements each, and one row at least."""
     runs, first = [], 0
     while first < len(bounds) - 1:
@@ -332,19 +340,20 @@ def _runs(bounds: Tensor, size: int = DECODED) -> list[tuple[int, int]]:
     return runs
 
 
-def _pack(key: Tensor, gain: Tensor) -> Tensor:
-    """Positive floats are ordered as the integers that their bits are; 24 of 31 bits keep 16 of the mantissa's 23."""
-    return (key << 24) | (gain.clamp(min=0).view(torch.int32) >> 7)
+def _gain_bits(gain: Tensor) -> Tensor:
+    """Positive floats are ordered as their bits are. Left out are the sign and the last 7 digits of the mantissa."""
+    return gain.view(torch.int32) >> 31 - GAIN_BITS
 
 
 def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    return packed >> 24, ((packed & 0xFFFFFF) << 7).int().view(torch.float32)
+    gain = (packed & (1 << GAIN_BITS) - 1) << 31 - GAIN_BITS
+    return packed >> GAIN_BITS, gain.int().view(torch.float32)
 
 
-# Building ---------------------------------------------------------------------------------------------------------------
+# Building -------------------------------------------------------------------------------------------------------------
 
 def _encode(student, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """texts -> d float16 [T, E], lengths [N]: half of the size in the sample's files, and far below the codes' error."""
+    """texts -> d float16 [T, E], lengths [N]. Float16 halves the sample's files; the codes' error is far larger."""
     d, offsets = student.encode_passages(texts)
     return d.cpu().half(), offsets.cpu().long().diff()
 
@@ -353,15 +362,16 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
     """Trains centroids [K, E] and codewords [M, 256, 4] on the sample's tokens and writes them."""
     T, E = d.shape
     if T == 0 or E % CODED:
-        raise ValueError(f"cannot build the index {folder}: {T} tokens of {E} dimensions, expected some, of a multiple of {CODED}")
+        raise ValueError(f"cannot build the index {folder}: the sample has {T} tokens of {E} dimensions, expected more "
+                         f"than 0, of a multiple of {CODED}")
     # OURS: an eighth of ColBERT's number, because it is tokens that are compared, and not their centroids alone.
     K = min(2 ** int(math.log2(2 * math.sqrt(max(1, T * passages_per_sample)))), 1 << 16, T)
     kmeans = faiss.Kmeans(E, K, niter=4, seed=seed + 1, min_points_per_centroid=1, max_points_per_centroid=40,
                           gpu=faiss.get_num_gpus() > 0)
     kmeans.train(d.numpy())
     centroids = torch.from_numpy(kmeans.centroids)
-    rows = torch.from_numpy(np.random.default_rng(seed).permutation(T)[:40 * 256])
-    rows = rows[torch.arange(max(256, len(rows))) % len(rows)]  # a codebook of 256 needs that many to choose from
+    # A codebook of 256 needs as many rows, and FAISS is five times slower with less than 2^15: rows may be repeated.
+    rows = torch.from_numpy(np.resize(np.random.default_rng(seed).permutation(T), 1 << 15 if T > 256 else 256))
     quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
     quantizer.cp.niter, quantizer.cp.seed, quantizer.cp.min_points_per_centroid = 6, seed + 1, 1
     quantizer.train((d[rows] - centroids[_nearest(d[rows], centroids)]).numpy())
@@ -383,7 +393,8 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
     quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
     faiss.copy_array_to_vector(np.fromfile(folder / "codewords", np.float32), quantizer.centroids)
     files = [open(folder / f"{name}.{rank}", "wb") for name in ("codes", "lists", "lengths")]
-    bar = tqdm(total=len(passages) // world, desc="  index", unit=" passages", disable=rank > 0, leave=False, mininterval=1.0)
+    bar = tqdm(total=len(passages) // world, desc="  index", unit=" passages", disable=rank > 0, leave=False,
+               mininterval=1.0)
     for block in range(n_blocks * rank // world, n_blocks * (rank + 1) // world):
         numbers = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(passages)))
         first, last = np.searchsorted(sample, (numbers[0], numbers[-1] + 1))
@@ -433,7 +444,7 @@ def _merge(folder: Path, world: int, manifest: dict) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
-# The command line -------------------------------------------------------------------------------------------------------
+# The command line -----------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
@@ -455,23 +466,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="retrieve.py", description="Finds the best passages for a question, or for a file "
-                                     "of them. With no question it asks for one; an empty line ends.")
-    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run's folder: its newest student and its collection")
+    parser = argparse.ArgumentParser(prog="retrieve.py", description="Finds the best passages for a question, or for a "
+                                     "file of them. With neither it asks for questions, until an empty line.")
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="the folder of a run of run.py")
     parser.add_argument("question", nargs="?", help="what to look for")
     parser.add_argument("-k", type=int, help="passages to find (default: 5; 1000 with --queries)")
     parser.add_argument("--student", metavar="FOLDER", help="instead of RUN: any student's folder or Hub name,")
     parser.add_argument("--data", metavar="SPEC", help='any collection: "docs", a BEIR folder, "ir_datasets:NAME",')
     parser.add_argument("--index", metavar="FOLDER", help="and where its index is, or is to be built")
-    parser.add_argument("--queries", metavar="FILE", help="queries as in BEIR: a jsonl file, gzipped or not, of _id and text")
+    parser.add_argument("--queries", metavar="FILE", help="as in BEIR: jsonl, gzipped or not, of _id and text")
     parser.add_argument("--run", metavar="OUT", help="writes the results of --queries there, as trec_eval reads them")
     args = parser.parse_args(argv)
-    if args.student and args.folder:  # the only word on the command line is the question
-        args.folder, args.question = None, args.folder if args.question is None else parser.error("RUN or --student, not both")
-    if bool(args.folder) == bool(args.student):
-        parser.error("give a RUN, or --student, --data and --index")
-    if args.student and not (args.data and args.index):
-        parser.error("--student needs --data and --index too")
+    if args.student and args.question is None:  # then the only word is the question
+        args.folder, args.question = None, args.folder
+    if bool(args.folder) == bool(args.student) or bool(args.student) != bool(args.data and args.index):
+        parser.error("give either a RUN or --student, --data and --index, all three")
     if bool(args.queries) != bool(args.run):
         parser.error("--queries FILE and --run OUT go together")
     args.k = args.k if args.k is not None else 1000 if args.queries else 5
@@ -482,9 +491,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _open(args: argparse.Namespace):
     """The student, its index (built where there is none yet) and the collection that the command line names."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging  # here, as a library's user may never need it, and it takes seconds
     from data import load_collection
     from pairdistill import Student, digest
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if args.folder:
         student_folder, index_folder, data = _newest(Path(args.folder))
     else:
@@ -498,10 +509,11 @@ def _open(args: argparse.Namespace):
         print(f"building {index_folder}", file=sys.stderr)
         index = Index.build(student, collection.passages, index_folder, passage_ids=collection.passage_ids,
                             student_digest=identity)
-        print(f"{len(index)} passages, {len(index.codes)} tokens, {index.bytes_per_token:.1f} bytes a token", file=sys.stderr)
+        print(f"{len(index)} passages, {len(index.codes)} tokens, {index.bytes_per_token:.1f} bytes each",
+              file=sys.stderr)
     index = Index.load(index_folder, student.device, identity)
     if index.passage_ids != list(collection.passage_ids):
-        raise ValueError(f"{index_folder} is the index of another collection than {data}: build it again, in another folder")
+        raise ValueError(f"{index_folder} is the index of another collection than {data}: give another folder")
     return student, index, collection
 
 
@@ -548,7 +560,7 @@ def _read_queries(path: Path) -> dict[str, str]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f'{path}, line {number}: expected {{"_id": ..., "text": ...}}') from None
             if not text or name in queries:
-                raise ValueError(f"{path}, line {number}: query {name} {'is there twice' if name in queries else 'is empty'}")
+                raise ValueError(f"{path}, line {number}: query {name} is {'there twice' if text else 'empty'}")
             queries[name] = text
     return queries
 

@@ -80,7 +80,7 @@ GROUPS = {"data": "the run", "student": "the student", "base_steps": "iteration 
 SMALL = dict(kept=16, n_pairs=12, eval_k=100, rerank=20, rerank_pairs=6)
 PRESETS = {
     "docs": dict(data="docs", student="scratch", pointwise="scratch", pairwise="scratch", query_length=24,
-                 passage_length=64, expansion=False, base_steps=200, teacher_length=64, retrieve_k=24,
+                 passage_length=64, expansion=False, base_steps=100, teacher_length=64, teacher_steps=200, retrieve_k=24,
                  train_queries=2400, steps=150, batch=16, lr=1e-3, warmup=15, **SMALL),
     "scifact": dict(data="ir_datasets:beir/scifact", student="sentence-transformers/all-MiniLM-L6-v2",
                     pairwise="castorini/duot5-base-msmarco", markers=False, expansion=False, query_length=64,
@@ -233,7 +233,7 @@ def iteration_zero(run: Run, folder: Path) -> None:
     from pairdistill import train
     c, name = run.config, run.config.student
     if name == "scratch":
-        name = scratch(run)
+        name = scratch(run, "student")
     student = load_student(run, name)
     if c.base_steps:
         qids = [q for q in run.train_ids if run.positives[q]]
@@ -250,13 +250,13 @@ def iteration_zero(run: Run, folder: Path) -> None:
     save_student(run, student, folder / "student")
 
 
-def scratch(run: Run) -> str:
-    """A random encoder with a vocabulary of this collection, shared by the student and the teachers trained from it."""
+def scratch(run: Run, role: str) -> str:
+    """A random encoder with a vocabulary of this collection. A teacher's knows from the start which words are rare."""
     from pairdistill import scratch_encoder
-    folder = run.out / "scratch"
+    folder = run.out / "scratch" / role
     if run.ranks.first and not (folder / "config.json").exists():
         train_queries = [run.data.queries[q] for q in run.train_ids]
-        scratch_encoder(folder, [*run.data.passages, *train_queries], seed=run.config.seed)
+        scratch_encoder(folder, [*run.data.passages, *train_queries], rarity=role == "teacher", seed=run.config.seed)
     run.ranks.barrier()
     return str(folder)
 
@@ -401,13 +401,16 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     c, mined = run.config, np.load(iteration_0 / "mined.npz")["positions"]
     passages = run.data.passages
     qids = [q for q in run.train_ids if run.positives[q]]
-    groups = [(run.data.queries[q], passages[run.positives[q][0]], [passages[p] for p in row if p not in run.positives[q]])
-              for q, row in zip(qids, mined)]
+    # A passage that answers no training query is only ever wrong: a teacher would learn the passage, not the question.
+    answers = {p for q in qids for p in run.positives[q]}
+    groups = [(run.data.queries[q], passages[run.positives[q][0]],
+               [passages[p] for p in row if p in answers and p not in run.positives[q]]) for q, row in zip(qids, mined)]
+    groups = [g for g in groups if g[2]]
     common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length,
                   passage_length=c.teacher_length)
-    encoder, folder = scratch(run), run.out / "teachers" / role
+    encoder, folder = scratch(run, "teacher"), run.out / "teachers" / role
     if role == "pointwise":
-        history = teachers.train_pointwise(encoder, groups, folder, batch=16, negatives=5, **common)
+        history = teachers.train_pointwise(encoder, groups, folder, batch=24, negatives=3, **common)
     else:
         history = teachers.train_pairwise(run.out / "teachers" / "pointwise" if run.config.pointwise == "scratch" else encoder,
                                           groups, folder, batch=64, **common)

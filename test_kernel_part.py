@@ -16,11 +16,17 @@ import maxsim_kernel
 from maxsim_kernel import maxsim, maxsim_paired, pairdistill_loss, pairdistill_objective
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["eager", "torch"] + ["triton"] * (maxsim_kernel.triton is not None)
+BACKENDS = ["eager", "torch"]
+if maxsim_kernel.triton is not None:
+    # The interpreter of Triton 3.6 does not get on with NumPy 2.4.
+    versions = [[int(x) for x in module.__version__.split(".")[:2]] for module in (maxsim_kernel.triton, np)]
+    if DEVICE == "cuda" or versions[0] >= [3, 7] or versions[1] < [2, 4]:
+        BACKENDS.append("triton")
 LAYOUTS = pytest.mark.parametrize("paired", [False, True], ids=["all_pairs", "own_block"])
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-# Largest error allowed, relative to the largest value: (scores, gradients).
-TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 1e-2), torch.float16: (2e-3, 2e-3)}
+# Largest error allowed, relative to the largest value: (scores, each gradient).
+TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 1e-2),
+             torch.float16: (2e-3, 2e-3)}
 
 
 # ---- maxsim_kernel.py: MaxSim ----------------------------------------------------------------------------------------
@@ -67,17 +73,21 @@ def assert_agrees_with_float64(q, d, offsets, q_mask, paired, backend):
     assert got[0].dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     for x, like in zip(got[1:], (q, d)):
         assert x.dtype == like.dtype and x.shape == like.shape
-    for x, true, tolerance in zip(got, maxsim_numpy(q, d, offsets.cpu(), q_mask, paired, upstream), TOLERANCE[q.dtype] + (TOLERANCE[q.dtype][1],)):
-        np.testing.assert_allclose(x.double().cpu().numpy(), true, rtol=0, atol=tolerance * max(np.abs(true).max(initial=0), 1e-3))
+    truth, (of_scores, of_gradient) = maxsim_numpy(q, d, offsets.cpu(), q_mask, paired, upstream), TOLERANCE[q.dtype]
+    for x, true, tolerance in zip(got, truth, (of_scores, of_gradient, of_gradient)):
+        error = np.abs(x.double().cpu().numpy() - true).max(initial=0)
+        assert error <= tolerance * max(np.abs(true).max(initial=0), 1e-3)
 
 
 def test_maxsim_of_two_queries_and_three_passages_by_hand():
     q = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [-1.0, 0.0]]], device=DEVICE)
-    d = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, -1.0], [-2.0, -1.0]], device=DEVICE)  # passages of 2, 0 and 2 tokens
+    d = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, -1.0], [-2.0, -1.0]], device=DEVICE)  # passages of 2, 0, 2 tokens
     offsets = torch.tensor([0, 2, 2, 4], dtype=torch.int32, device=DEVICE)
-    # Query 0: max(1, 3) + max(2, 0) = 5; empty; max(0, -2) + max(-1, -1) = -1. Query 1: max(3, 3) + max(-1, -3) = 2; -1 + 2 = 1.
+    # Query 0: max(1, 3) + max(2, 0) = 5; empty; max(0, -2) + max(-1, -1) = -1.
+    # Query 1: max(3, 3) + max(-1, -3) = 2; empty; max(-1, -3) + max(0, 2) = 1.
+    upstream = torch.tensor([[1.0, 10, 100], [0, 0, 2]], device=DEVICE)
     for backend in BACKENDS:
-        scores, grad_q, grad_d, _ = scores_and_gradients(q, d, offsets, None, False, backend, torch.tensor([[1.0, 10, 100], [0, 0, 2]], device=DEVICE))
+        scores, grad_q, grad_d, _ = scores_and_gradients(q, d, offsets, None, False, backend, upstream)
         assert scores.tolist() == [[5, 0, -1], [2, 0, 1]]
         # The ties (query 0's second token in the last passage, query 1's first in the first) go to the first token.
         assert grad_q.tolist() == [[[3 + 0, 0 - 100], [1 + 0, 2 - 100]], [[0, -2], [-4, -2]]]
@@ -86,7 +96,7 @@ def test_maxsim_of_two_queries_and_three_passages_by_hand():
 
 @LAYOUTS
 @EVERY_BACKEND
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 def test_maxsim_and_both_gradients_agree_with_float64(dtype, backend, paired):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton computes in float32")
@@ -95,9 +105,10 @@ def test_maxsim_and_both_gradients_agree_with_float64(dtype, backend, paired):
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("B, Q, E, lengths, paired", [
-    (1, 1, 1, [1], False), (1, 1, 1, [], False), (2, 3, 8, [0, 0], False), (5, 1, 16, [1] * 5, True), (7, 1, 40, [1, 2, 0], False),
-    (2, 33, 16, [63, 64], True), (5, 31, 16, [3, 67], False), (1, 130, 16, [70, 2], True), (1, 512, 16, [5], False), (2, 4, 300, [9, 33], False),
-], ids=str)  # fmt: skip
+    (1, 1, 1, [1], False), (1, 1, 1, [], False), (2, 3, 8, [0, 0], False), (5, 1, 16, [1] * 5, True),
+    (7, 1, 40, [1, 2, 0], False), (2, 33, 16, [63, 64], True), (5, 31, 16, [3, 67], False),
+    (1, 130, 16, [70, 2], True), (1, 512, 16, [5], False), (2, 4, 300, [9, 33], False),
+], ids=str)
 def test_maxsim_at_the_edges_of_its_tiles(B, Q, E, lengths, paired, backend):
     assert_agrees_with_float64(*ragged(lengths, B, Q, E, masked=Q > 2), paired, backend)
 
@@ -108,7 +119,8 @@ def test_triton_and_blockwise_agree_with_float64_on_random_ragged_batches(seed):
     B, Q, K, paired = rng.integers(1, 5), rng.integers(1, 8), rng.integers(1, 4), bool(rng.integers(2))
     lengths = rng.integers(0, rng.choice([2, 20, 80, 301]), B * K if paired else rng.integers(0, 6))
     dtype = [torch.float32, torch.bfloat16][seed % 2]
-    q, d, offsets, q_mask = ragged(lengths, B, Q, int(rng.choice([3, 16, 32, 50])), dtype, seed, masked=bool(rng.integers(2)))
+    E, masked = int(rng.choice([3, 16, 32, 50])), bool(rng.integers(2))
+    q, d, offsets, q_mask = ragged(lengths, B, Q, E, dtype, seed, masked)
     kind = seed % 5
     if kind == 1:  # exact ties: a few small integers
         q, d = q.sign(), d.round().clamp(-1, 1)
@@ -124,7 +136,8 @@ def test_triton_and_blockwise_agree_with_float64_on_random_ragged_batches(seed):
 def test_triton_and_blockwise_choose_the_same_winners_at_ties():
     q, d, offsets, _ = ragged([130, 3, 64, 0, 9], 3, 6, 16, seed=5)
     q, d = q.sign(), d.sign()
-    winners = [forward(q, d, offsets, None, False, True, 130)[1] for forward in (maxsim_kernel._triton_forward, maxsim_kernel._blockwise_forward)]
+    forwards = maxsim_kernel._triton_forward, maxsim_kernel._blockwise_forward
+    winners = [forward(q, d, offsets, None, False, True, 130)[1] for forward in forwards]
     assert winners[0].dtype == winners[1].dtype == torch.uint8
     filled = offsets.diff() > 0  # an empty passage has no winner
     assert torch.equal(winners[0][filled], winners[1][filled])
@@ -195,14 +208,14 @@ def test_autocast_does_not_round_the_similarities(backend):
 @pytest.mark.parametrize("backend", ["eager", "torch"])
 def test_gradients_of_maxsim_are_those_of_finite_differences(backend, paired):
     q, d, offsets, q_mask = ragged([3, 0, 5, 2], 2, 3, 4, torch.float64, masked=True)
-    function = maxsim_paired if paired else maxsim
-    assert torch.autograd.gradcheck(lambda q, d: function(q, d, offsets, q_mask, backend), (q.requires_grad_(), d.requires_grad_()))
+    inputs, function = (q.requires_grad_(), d.requires_grad_()), maxsim_paired if paired else maxsim
+    assert torch.autograd.gradcheck(lambda q, d: function(q, d, offsets, q_mask, backend), inputs)
 
 
 # ---- maxsim_kernel.py: losses ----------------------------------------------------------------------------------------
 
 
-def losses_numpy(scores, teacher, pairs, pair_probs, positive, tau=1.0, lambda_kd=1.0, lambda_pair=3.0, pair_reduction="mean"):
+def losses_numpy(scores, teacher, pairs, pair_probs, positive, tau, lambda_kd, lambda_pair, pair_reduction):
     """Sections 3.1, 3.3 and 4.2 of the paper, written out in float64."""
     scores, teacher, pair_probs = (x.detach().double().cpu().numpy() for x in (scores, teacher, pair_probs))
     B, K = teacher.shape
@@ -211,7 +224,8 @@ def losses_numpy(scores, teacher, pairs, pair_probs, positive, tau=1.0, lambda_k
         first = b * K if scores.shape[1] != K else 0
         own = scores[b, first : first + K]
         if positive is not None and positive[b] >= 0:
-            negatives = np.delete(scores[b], range(first, first + K)) if scores.shape[1] != K else np.delete(own, positive[b])
+            in_batch = scores.shape[1] != K
+            negatives = np.delete(scores[b], range(first, first + K)) if in_batch else np.delete(own, positive[b])
             cl.append(-np.log(np.exp(own[positive[b]]) / (np.exp(own[positive[b]]) + np.exp(negatives).sum())))
         student = np.exp(own) / np.exp(own).sum()
         point = np.exp(teacher[b] / tau) / np.exp(teacher[b] / tau).sum()
@@ -249,9 +263,10 @@ IN_BATCH = pytest.mark.parametrize("in_batch", [True, False], ids=["in_batch", "
 @pytest.mark.parametrize("labels", ["labelled", "unlabelled", "mixed", "none given"])
 def test_losses_agree_with_the_papers_formulas(labels, pair_reduction, backend, in_batch):
     scores, teacher, pairs, pair_probs, positive = loss_batch(in_batch=in_batch)
-    positive = {"labelled": positive.clamp(min=0), "unlabelled": torch.full_like(positive, -1), "mixed": positive, "none given": None}[labels]
+    positive = {"labelled": positive.clamp(min=0), "unlabelled": positive.clamp(max=-1), "mixed": positive}.get(labels)
     options = dict(tau=0.7, lambda_kd=0.5, lambda_pair=2.0, pair_reduction=pair_reduction)
-    got = pairdistill_loss(scores.float() if backend == "triton" else scores, teacher, pairs, pair_probs, positive, backend=backend, **options)
+    given = scores.float() if backend == "triton" else scores
+    got = pairdistill_loss(given, teacher, pairs, pair_probs, positive, backend=backend, **options)
     true = losses_numpy(scores, teacher, pairs, pair_probs, positive, **options)
     np.testing.assert_allclose([x.item() for x in got], true, rtol=2e-6 if backend == "triton" else 1e-12, atol=1e-12)
     assert labels in ("labelled", "mixed") or got.cl == 0
@@ -259,8 +274,8 @@ def test_losses_agree_with_the_papers_formulas(labels, pair_reduction, backend, 
 
 def test_losses_of_two_queries_and_three_passages_by_hand():
     log = np.log
-    scores = torch.tensor([[log(2), 0, 0], [0, log(3), 0]], device=DEVICE, dtype=torch.float32)  # softmax .5 .25 .25 and .2 .6 .2
-    teacher = torch.tensor([[0, 0, 0], [0, log(3), 0]], device=DEVICE, dtype=torch.float32)  # 1/3 1/3 1/3 and .2 .6 .2
+    scores = torch.tensor([[log(2), 0, 0], [0, log(3), 0]], device=DEVICE).float()  # softmax .5 .25 .25 and .2 .6 .2
+    teacher = torch.tensor([[0, 0, 0], [0, log(3), 0]], device=DEVICE).float()  # 1/3 1/3 1/3 and .2 .6 .2
     pairs = torch.tensor([[[0, 1], [2, 1]], [[1, 2], [-1, -1]]], device=DEVICE)
     pair_probs = torch.tensor([[1.0, 0.5], [0.0, 0.0]], device=DEVICE)  # the student's: 2/3, 1/2 and 3/4
     positive = torch.tensor([0, -1], device=DEVICE)
@@ -276,7 +291,8 @@ def test_losses_of_two_queries_and_three_passages_by_hand():
 @pytest.mark.parametrize("pair_reduction", ["mean", "sum"])
 def test_gradients_of_the_losses_are_those_of_finite_differences(pair_reduction, in_batch):
     scores, *rest = loss_batch(in_batch=in_batch)
-    assert torch.autograd.gradcheck(lambda s: tuple(pairdistill_loss(s, *rest, tau=0.7, pair_reduction=pair_reduction)), (scores.requires_grad_(),))
+    options = dict(tau=0.7, pair_reduction=pair_reduction)
+    assert torch.autograd.gradcheck(lambda s: tuple(pairdistill_loss(s, *rest, **options)), (scores.requires_grad_(),))
 
 
 @IN_BATCH
@@ -285,7 +301,8 @@ def test_gradients_of_the_losses_are_those_of_finite_differences(pair_reduction,
 def test_the_fused_head_agrees_with_eager_in_every_loss_and_gradient(K, P, in_batch):
     scores, *rest = loss_batch(K=max(K, 2), P=max(P, 5), in_batch=in_batch, dtype=torch.float32)
     if K == 1:  # nothing to compare
-        scores, rest = scores[:, :: 2].contiguous(), [rest[0][:, :1], rest[1][:, :0], rest[2][:, :0], rest[3].clamp(max=0)]
+        scores = scores[:, ::2].contiguous()
+        rest = [rest[0][:, :1], rest[1][:, :0], rest[2][:, :0], rest[3].clamp(max=0)]
     scores.requires_grad_()
     for upstream in [(1.7, 0, 0, 0), (0, 1, -2, 3), (2, 0, 0, 0.5)]:
         got = []
@@ -311,16 +328,16 @@ def test_extreme_scores_and_probabilities_keep_finite_gradients(backend):
 def test_the_ranks_losses_and_gradients_add_up_to_the_global_batchs(pair_reduction, backend):
     scores, teacher, pairs, pair_probs, positive = loss_batch(B=5, dtype=torch.float32)
     scores.requires_grad_()
-    whole = pairdistill_loss(scores, teacher, pairs, pair_probs, positive, pair_reduction=pair_reduction, backend=backend)
-    counts = dict(n_queries=5, n_labelled=int((positive >= 0).sum()), n_pairs=int((pairs[..., 0] >= 0).sum()))
-    ranks = [  # one rank has 2 queries, one 1 (which has no pair), one 2
-        pairdistill_loss(*(x[part] for x in (scores, teacher, pairs, pair_probs, positive)), first_query=part.start,
-                         pair_reduction=pair_reduction, backend=backend, **counts)
-        for part in (slice(0, 2), slice(2, 3), slice(3, 5))
-    ]  # fmt: skip
+    batch = scores, teacher, pairs, pair_probs, positive
+    options = dict(pair_reduction=pair_reduction, backend=backend)
+    whole = pairdistill_loss(*batch, **options)
+    options |= dict(n_queries=5, n_labelled=int((positive >= 0).sum()), n_pairs=int((pairs[..., 0] >= 0).sum()))
+    parts = slice(0, 2), slice(2, 3), slice(3, 5)  # the second rank has no pair
+    ranks = [pairdistill_loss(*(x[part] for x in batch), first_query=part.start, **options) for part in parts]
     for term, sums in zip(whole, zip(*ranks)):
         torch.testing.assert_close(sum(sums), term)
-    grads = [torch.autograd.grad(loss, scores, torch.tensor(1.5, device=DEVICE))[0] for loss in (whole.total, sum(r.total for r in ranks))]
+    totals, upstream = (whole.total, sum(rank.total for rank in ranks)), torch.tensor(1.5, device=DEVICE)
+    grads = [torch.autograd.grad(total, scores, upstream)[0] for total in totals]
     torch.testing.assert_close(*grads)
 
 
@@ -331,8 +348,9 @@ def test_permuting_a_querys_passages_changes_no_loss(backend):
     new_position = order.argsort()
     moved_pairs = torch.where(pairs >= 0, new_position[pairs.clamp(min=0)], -1)
     moved_positive = torch.where(positive >= 0, new_position[positive.clamp(min=0)], -1)
+    moved = scores[:, order], teacher[:, order], moved_pairs, pair_probs, moved_positive
     before = pairdistill_loss(scores, teacher, pairs, pair_probs, positive, backend=backend)
-    after = pairdistill_loss(scores[:, order], teacher[:, order], moved_pairs, pair_probs, moved_positive, backend=backend)
+    after = pairdistill_loss(*moved, backend=backend)
     torch.testing.assert_close(tuple(before), tuple(after))
 
 
@@ -351,7 +369,8 @@ def test_a_swapped_pair_is_the_same_as_one_minus_its_probability(backend):
 def test_columns_of_the_own_hard_negatives_are_no_negatives_of_the_contrastive_loss(backend):
     scores, teacher, pairs, pair_probs, positive = loss_batch(dtype=torch.float32)
     scores.requires_grad_()
-    (grad,) = torch.autograd.grad(pairdistill_loss(scores, teacher, pairs, pair_probs, positive, backend=backend).cl, scores)
+    losses = pairdistill_loss(scores, teacher, pairs, pair_probs, positive, backend=backend)
+    (grad,) = torch.autograd.grad(losses.cl, scores)
     K = teacher.shape[1]
     for b, label in enumerate(positive.tolist()):
         own = grad[b, b * K : (b + 1) * K]
@@ -382,7 +401,8 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     q, d, offsets, _ = ragged([2, 0, 3, 1], 2, 2, 3, torch.float64)
     _, *rest = loss_batch(B=4, K=2)
     rest = [x[:2] for x in rest]
-    assert torch.autograd.gradcheck(lambda q, d: pairdistill_objective(q, d, offsets, *rest).total, (q.requires_grad_(), d.requires_grad_()))
+    inputs = q.requires_grad_(), d.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, d: pairdistill_objective(q, d, offsets, *rest).total, inputs)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -391,16 +411,16 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     (dict(d=torch.zeros(6, 5)), r"d must be float32 \[T, 4\] on cpu, got float32 \[6, 5\]"),
     (dict(d=torch.zeros(6, 4, dtype=torch.float16)), "d must be float32"),
     (dict(offsets=torch.tensor([0, 2, 6])), "offsets must be int32"),
-    (dict(offsets=torch.tensor([0, 2, 5], dtype=torch.int32)), "offsets must begin with 0, never fall and end with d's 6 rows"),
+    (dict(offsets=torch.tensor([0, 2, 5], dtype=torch.int32)), "offsets must .* end with d's 6 rows"),
     (dict(offsets=torch.tensor([0, 7, 6], dtype=torch.int32)), "never fall"),
-    (dict(offsets=torch.tensor([0, 1, 2, 6], dtype=torch.int32)), "each query needs the same number of passages, got 3 for 2"),
+    (dict(offsets=torch.tensor([0, 1, 2, 6], dtype=torch.int32)), "the same number of passages, got 3 for 2"),
     (dict(q_mask=torch.ones(2, 3)), "q_mask must be bool"),
     (dict(backend="cuda"), "backend must be one of auto, triton, torch, eager"),
-], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
+], ids=lambda x: x if isinstance(x, str) else "")
 def test_maxsim_says_in_one_sentence_what_is_wrong(change, message):
-    arguments = dict(q=torch.zeros(2, 3, 4), d=torch.zeros(6, 4), offsets=torch.tensor([0, 2, 6], dtype=torch.int32)) | change
+    right = dict(q=torch.zeros(2, 3, 4), d=torch.zeros(6, 4), offsets=torch.tensor([0, 2, 6], dtype=torch.int32))
     with pytest.raises(ValueError, match=message):
-        maxsim_paired(**arguments)
+        maxsim_paired(**right | change)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -417,11 +437,11 @@ def test_maxsim_says_in_one_sentence_what_is_wrong(change, message):
     (dict(positive=torch.zeros(2)), "positive must be int"),
     (dict(positive=torch.tensor([3, 0])), "positive must lie in -1 to 2"),
     (dict(pair_reduction="max"), "pair_reduction must be 'mean' or 'sum'"),
-], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
+], ids=lambda x: x if isinstance(x, str) else "")
 def test_the_loss_says_in_one_sentence_what_is_wrong(change, message):
-    arguments = dict(scores=torch.zeros(2, 3), teacher=torch.zeros(2, 3), pairs=torch.zeros(2, 1, 2, dtype=torch.int64), pair_probs=torch.zeros(2, 1))
+    right = dict(scores=torch.zeros(2, 3), teacher=torch.zeros(2, 3), pairs=torch.zeros(2, 1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=message):
-        pairdistill_loss(**arguments | change)
+        pairdistill_loss(**right | dict(pair_probs=torch.zeros(2, 1)) | change)
 
 
 @pytest.mark.parametrize("hide_triton", [False, True], ids=["triton installed", "no triton"])
@@ -438,8 +458,10 @@ losses.total.backward()
 try: maxsim(q, d, offsets, backend="triton")
 except ValueError as error: print(error)
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    reason = "which is not installed" if hide_triton or maxsim_kernel.triton is None else "needs tensors on a CUDA device"
+    hidden = hide_triton or maxsim_kernel.triton is None
+    reason = "which is not installed" if hidden else "needs tensors on a CUDA device"
     assert reason in run.stdout and run.stdout.count("\n") == 1

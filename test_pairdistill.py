@@ -1,0 +1,1513 @@
+"""Tests, in sections that follow the files: python -m pytest -q
+
+Each is named as the claim it checks. Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for
+before they are imported. What needs the data sets beside the project, or a package that is not required, skips and says so.
+"""
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import data
+import maxsim_kernel
+import retrieve
+import run
+import teachers
+from maxsim_kernel import maxsim
+from maxsim_kernel import maxsim, maxsim_paired, pairdistill_loss, pairdistill_objective
+from pairdistill import Batches, Student, fit, sample_pairs, scratch_encoder, train
+from ranks import Ranks
+from retrieve import Index
+
+HERE = Path(__file__).resolve().parent
+
+
+# data.py -------------------------------------------------------------------------------------------------------------
+
+
+SHARED_DATA = Path(__file__).resolve().parent.parent / "shared" / "data"  # data sets that the project does not ship
+
+
+def shared_data(name):
+    if not (SHARED_DATA / name).is_dir():
+        pytest.skip(f"needs {name}, which is not part of the project, in ../shared/data")
+    return SHARED_DATA / name
+
+
+@pytest.fixture(scope="module")
+def docs():
+    return data.load_collection("docs")
+
+
+def test_docs_has_thousands_of_unique_pairs_with_one_relevant_passage_each(docs):
+    assert len(docs.passages) == len(docs.passage_ids) == len(docs.queries) >= 4000
+    for texts in (docs.passages, docs.passage_ids, docs.queries.values()):
+        assert len(set(texts)) == len(docs.passages)
+    assert set(docs.qrels) == {"train", "test"} and len(docs.qrels["test"]) >= 500
+    assert not docs.qrels["train"].keys() & docs.qrels["test"].keys()
+    judged = docs.qrels["train"] | docs.qrels["test"]
+    assert judged.keys() == docs.queries.keys()
+    assert Counter(passage_id for q in judged.values() for passage_id in q) == Counter(docs.passage_ids)
+    assert list(docs.passage_ids) == sorted(docs.passage_ids)
+
+
+def test_docs_passage_is_the_name_and_the_rest_of_the_docstring_without_its_query(docs):
+    passages = dict(zip(docs.passage_ids, docs.passages))
+    assert docs.queries["q:os.path.join"].startswith("Join two or more pathname components")
+    assert passages["os.path.join"].startswith("os.path.join If any component is an absolute path")
+    for qid, query in docs.queries.items():
+        assert query not in passages[qid.removeprefix("q:")] and len(query.split()) >= 4
+
+
+def test_docs_covers_compiled_functions_whose_docstrings_are_attached_by_calls(docs):
+    assert {"numpy.arange", "numpy.ufunc.accumulate", "torch.kthvalue", "torch.Tensor.view"} <= set(docs.passage_ids)
+
+
+def test_docs_is_the_same_in_another_process_and_imports_nothing_it_reads(docs):
+    code = (
+        "import sys, hashlib, data; c = data.load_collection('docs'); "
+        "assert not {'torch', 'transformers', 'matplotlib', 'turtle'} & set(sys.modules); "
+        "print(hashlib.sha256(repr(c).encode()).hexdigest())"
+    )
+    folder = Path(data.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == hashlib.sha256(repr(docs).encode()).hexdigest()
+
+
+def test_docs_without_sources_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(data, "_modules", lambda: iter([("gone", Path("no/such/file.py"))]))
+    with pytest.raises(data.DataError, match="only 0 usable docstrings.*install requirements.txt"):
+        data.load_collection("docs")
+
+
+@pytest.mark.parametrize(
+    "docstring, summary, rest",
+    [
+        (
+            "Join :func:`~os.path.join`-style *paths* together.  See `the guide <http://x.y>`_.\n\n"
+            ">>> join()\n1\n\n" + "More words. " * 10,
+            "Join os.path.join-style paths together",
+            "See the guide. " + "More words. " * 10,
+        ),
+        (
+            "sort(a, axis=(0, 1))\n--\n\nReturn a sorted copy of ``a``\n\nNotes\n-----\n.. versionadded:: 3.2\n"
+            + "It is stable, really. " * 5,
+            "Return a sorted copy of a",
+            "Notes " + "It is stable, really. " * 5,
+        ),
+    ],
+)
+def test_docstring_is_split_after_its_first_sentence_and_cleaned_of_markup(docstring, summary, rest):
+    assert data._split_docstring(docstring) == (summary, rest.strip())
+
+
+@pytest.mark.parametrize("docstring", ["Short", "Three words only.\n\n" + "rest " * 40, "f(x) -> what\n\n" + "x " * 90])
+def test_docstring_that_makes_no_query_is_left_out(docstring):
+    assert data._split_docstring(docstring) is None
+
+
+# Two passages, two queries of which "q2" is unlabelled, one split.
+CORPUS = ['{"_id": "d1", "title": "Paths", "text": "join them"}', '{"_id": "d2", "title": "", "text": " other "}']
+QUERIES = ['{"_id": "q1", "text": "how to join"}', '{"_id": "q2", "text": "anything"}']
+QRELS = ["query-id\tcorpus-id\tscore", "q1\td1\t1", "q1\td2\t0"]
+
+
+def beir_folder(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, compress=False):
+    (folder / "qrels").mkdir(parents=True)
+    for name, lines in (("corpus", corpus), ("queries", queries)):
+        text = "".join(f"{line}\n" for line in lines)
+        if compress:
+            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "qrels" / "dev.tsv").write_text("".join(f"{line}\n" for line in qrels), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_beir_folder_joins_title_and_text_and_keeps_unlabelled_queries(tmp_path, compress):
+    collection = data.load_collection(beir_folder(tmp_path / "mine", compress=compress))
+    assert collection.name == "mine"
+    assert collection.passage_ids == ["d1", "d2"] and collection.passages == ["Paths join them", "other"]
+    assert collection.queries == {"q1": "how to join", "q2": "anything"}
+    assert collection.qrels == {"dev": {"q1": {"d1": 1, "d2": 0}}}
+
+
+def test_beir_folder_without_qrels_has_only_unlabelled_queries(tmp_path):
+    folder = Path(beir_folder(tmp_path / "mine"))
+    (folder / "qrels" / "dev.tsv").unlink()
+    assert data.load_collection(str(folder)).qrels == {}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(corpus=CORPUS + ["{oops"]), r"corpus\.jsonl, line 3: not JSON"),
+        (dict(corpus=CORPUS + ["[1, 2]"]), r"corpus\.jsonl, line 3: a JSON list, expected an object"),
+        (dict(corpus=CORPUS + ["", '{"text": "no id"}']), r'corpus\.jsonl, line 4: lacks "_id"'),
+        (dict(corpus=CORPUS + ['{"_id": "d3"}']), r"corpus\.jsonl, line 3: \"_id\" 'd3' lacks \"text\""),
+        (dict(corpus=CORPUS + CORPUS[:1]), r"corpus\.jsonl, line 3: \"_id\" 'd1' is on an earlier line"),
+        (dict(corpus=CORPUS + ['{"_id": "d3", "title": " ", "text": "\\n"}']), r"corpus\.jsonl, line 3: .*empty"),
+        (dict(corpus=[]), r"corpus\.jsonl: is empty"),
+        (dict(queries=QUERIES + ['{"_id": "q3", "text": ""}']), r"queries\.jsonl, line 3: .*empty"),
+        (dict(qrels=QRELS + ["q9\td1\t1"]), r"dev\.tsv, line 4: unknown query 'q9'"),
+        (dict(qrels=QRELS + ["q1\td9\t1"]), r"dev\.tsv, line 4: unknown passage 'd9'"),
+        (dict(qrels=QRELS + ["q1 0 d1 1"]), r"dev\.tsv, line 4: 1 columns, expected 3"),
+        (dict(qrels=QRELS + ["q1\td1\t0.5"]), r"dev\.tsv, line 4: score '0\.5' is not an integer"),
+        (dict(qrels=QRELS + ["q1\td1\t2"]), r"dev\.tsv, line 4: .*another score above"),
+    ],
+)
+def test_beir_folder_error_names_file_and_line(tmp_path, change, message):
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load_collection(beir_folder(tmp_path / "bad", **change))
+    assert "\n" not in str(error.value)
+
+
+def test_beir_folder_that_is_missing_or_damaged_is_said_in_one_sentence(tmp_path):
+    with pytest.raises(data.DataError, match="nowhere: no such folder"):
+        data.load_collection(str(tmp_path / "nowhere"))
+    folder = Path(beir_folder(tmp_path / "half", compress=True))
+    packed = (folder / "corpus.jsonl.gz").read_bytes()
+    (folder / "corpus.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(data.DataError, match=r"corpus\.jsonl\.gz, after line \d+: cannot be read"):
+        data.load_collection(str(folder))
+    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(b'{"_id": "d1", "text": "\xff"}\n'))
+    with pytest.raises(data.DataError, match=r"corpus\.jsonl\.gz, after line 0: not UTF-8"):
+        data.load_collection(str(folder))
+    (folder / "corpus.jsonl.gz").unlink()
+    with pytest.raises(data.DataError, match=r"has no corpus\.jsonl or corpus\.jsonl\.gz"):
+        data.load_collection(str(folder))
+
+
+class FakeSet:
+    """What load_ir_datasets uses of an ir_datasets data set."""
+
+    def __init__(self, docs=None, queries=None, qrels=None):
+        self.docs, self.queries, self.qrels = docs, queries, qrels
+
+    def __getattr__(self, name):
+        kind, _, what = name.rpartition("_")
+        if kind == "has":
+            return lambda: getattr(self, what) is not None
+        return lambda: iter(getattr(self, kind))
+
+
+class FakeText:
+    def __init__(self, key, text):
+        self.doc_id = self.query_id = key
+        self.default_text = lambda: text
+
+
+class FakeQrel:
+    def __init__(self, query_id, doc_id, relevance):
+        self.query_id, self.doc_id, self.relevance = query_id, doc_id, relevance
+
+
+def test_ir_datasets_subsets_become_splits(monkeypatch):
+    fake = type(sys)("ir_datasets")
+    passages = [FakeText("d1", "title text "), FakeText("d2", "other")]
+    fake.registry = {
+        "set": FakeSet(passages),
+        "set/train": FakeSet(passages, [FakeText("q1", "one"), FakeText("q2", "two")], [FakeQrel("q1", "d1", 1)]),
+        "set/dev": FakeSet(passages, [FakeText("q4", "the large one")], [FakeQrel("q4", "d2", 1)]),
+        "set/dev/small": FakeSet(passages, [FakeText("q3", "three")], [FakeQrel("q3", "d2", 2)]),
+        "nopassages": FakeSet(),
+    }
+    fake.load = fake.registry.__getitem__
+    monkeypatch.setitem(sys.modules, "ir_datasets", fake)
+    collection = data.load_collection("ir_datasets:set")
+    assert collection.passages == ["title text", "other"]
+    assert collection.queries == {"q1": "one", "q2": "two", "q3": "three"}
+    assert collection.qrels == {"train": {"q1": {"d1": 1}}, "dev": {"q3": {"d2": 2}}}
+    assert data.load_collection("ir_datasets:set/train").qrels == {"train": {"q1": {"d1": 1}}}
+    for name in ("nopassages", "unknown"):
+        with pytest.raises(data.DataError, match="not a set with passages"):
+            data.load_collection(f"ir_datasets:{name}")
+
+
+def test_ir_datasets_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ir_datasets", None)
+    with pytest.raises(data.DataError, match="pip install ir_datasets"):
+        data.load_collection("ir_datasets:beir/scifact")
+
+
+def test_metrics_agree_with_a_case_by_hand():
+    qrels = {"q1": {"a": 1, "b": 1}, "q2": {"c": 1}, "q3": {"d": 0}}
+    run = {"q1": {"x": 3.0, "a": 2.0, "y": 1.0}, "q9": {"a": 1.0}}  # q2 and q3 have no results; q9 is ignored
+    got = data.evaluate(run, qrels, ["MRR@10", "MRR@1", "nDCG@10", "R@5", "Success@5"])
+    best = 1 + 1 / math.log2(3)
+    expected = {"MRR@10": 1 / 2, "MRR@1": 0, "nDCG@10": 1 / math.log2(3) / best, "R@5": 1 / 2, "Success@5": 1}
+    assert got == pytest.approx({metric: value / 3 for metric, value in expected.items()}, abs=1e-9)
+
+
+def test_ties_in_float32_go_to_the_higher_passage_id_in_every_metric():
+    qrels = {"q": {"b": 1}}
+    metrics = ["MRR@10", "nDCG@10", "R@1", "Success@1"]
+    for scores, rank in (({"a": 1, "b": 1}, 1), ({"b": 1, "c": 1}, 2), ({"b": 1 + 1e-12, "c": 1}, 2)):
+        got = data.evaluate({"q": scores}, qrels, metrics)
+        first = float(rank == 1)
+        expected = {"MRR@10": 1 / rank, "nDCG@10": 1 / math.log2(1 + rank), "R@1": first, "Success@1": first}
+        assert got == pytest.approx(expected, abs=1e-9)
+    assert data.evaluate({"q": {"b": np.float32(2), "c": -1}}, qrels, ["R@1"]) == {"R@1": 1}
+
+
+def test_unknown_metric_lists_the_known_ones():
+    for metric in ("MAP", "R@0", "nDCG"):
+        with pytest.raises(data.DataError, match=r"unknown metric.*MRR@10.*Success@5"):
+            data.evaluate({"q": {"a": 1.0}}, {"q": {"a": 1}}, [metric])
+    with pytest.raises(data.DataError, match="no query"):
+        data.evaluate({}, {}, ["MRR@10"])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_metrics_agree_with_trec_eval_on_its_own_test_data(reverse):
+    folder = shared_data("trec_eval")
+    qrels, run, expected = {}, {}, {}
+    for line in (folder / "qrels.test").read_text().splitlines():
+        qid, _, passage_id, grade = line.split()
+        qrels.setdefault(qid, {})[passage_id] = int(grade)
+    rows = [line.split() for line in (folder / "results.test").read_text().splitlines()]
+    for row in rows[::-1] if reverse else rows:
+        run.setdefault(row[0], {})[row[2]] = float(row[4])
+    for line in (folder / "out.test.aq").read_text().splitlines():
+        name, qid, value = line.split()
+        expected[name, qid] = value
+    names = {
+        "MRR@1000": "recip_rank", "nDCG@10": "ndcg_cut_10", "nDCG@100": "ndcg_cut_100", "R@5": "recall_5",
+        "R@100": "recall_100", "R@1000": "recall_1000", "Success@5": "success_5",
+    }
+    for qid in run:
+        for metric, value in data.evaluate(run, {qid: qrels[qid]}, list(names)).items():
+            assert f"{value:.4f}" == expected[names[metric], qid], (metric, qid)
+    for metric, value in data.evaluate(run, {qid: qrels[qid] for qid in run}, list(names)).items():
+        assert f"{value:.4f}" == expected[names[metric], "all"], metric
+
+
+def test_bm25_ranks_passages_that_share_words_and_returns_no_others():
+    texts = {"d1": "joining paths", "d2": "a path of paths", "d3": "numbers"}
+    collection = data.Collection("three", list(texts), list(texts.values()), {}, {})
+    run = data.bm25_run(collection, {"q1": "Join the paths!", "q2": "nothing", "q3": "?"}, k=10)
+    assert list(run["q1"]) == ["d1", "d2"] and run["q1"]["d1"] > run["q1"]["d2"] > 0
+    assert run["q2"] == run["q3"] == {}
+    assert [len(data.bm25_run(collection, {"q": "paths"}, k=k)["q"]) for k in (1, 2, 3)] == [1, 2, 2]
+
+
+def test_bm25_is_as_strong_as_published_on_scifact():
+    collection = data.load_collection(str(shared_data("scifact")))
+    queries = {qid: collection.queries[qid] for qid in collection.qrels["test"]}
+    run = data.bm25_run(collection, queries, k=100)
+    assert data.evaluate(run, collection.qrels["test"], ["nDCG@10"])["nDCG@10"] == pytest.approx(0.676, abs=0.005)
+
+
+def test_bm25_finds_the_documentation_of_a_summary_line(docs):
+    queries = {qid: docs.queries[qid] for qid in docs.qrels["test"]}
+    assert 0.35 < data.evaluate(data.bm25_run(docs, queries, k=10), docs.qrels["test"], ["MRR@10"])["MRR@10"] < 0.6
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["eager", "torch"]
+if maxsim_kernel.triton is not None:
+    # The interpreter of Triton 3.6 does not get on with NumPy 2.4.
+    versions = [[int(x) for x in module.__version__.split(".")[:2]] for module in (maxsim_kernel.triton, np)]
+    if DEVICE == "cuda" or versions[0] >= [3, 7] or versions[1] < [2, 4]:
+        BACKENDS.append("triton")
+LAYOUTS = pytest.mark.parametrize("paired", [False, True], ids=["all_pairs", "own_block"])
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+# Largest error allowed, relative to the largest value: (scores, each gradient).
+TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 1e-2),
+             torch.float16: (2e-3, 2e-3)}
+
+
+# ---- maxsim_kernel.py: MaxSim ----------------------------------------------------------------------------------------
+
+
+def ragged(lengths, B, Q, E, dtype=torch.float32, seed=0, masked=False):
+    """Random q, d, offsets and q_mask."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    q = torch.randn(B, Q, E, generator=generator).to(dtype)
+    d = torch.randn(int(offsets[-1]), E, generator=generator).to(dtype)
+    q_mask = torch.rand(B, Q, generator=generator) < 0.7 if masked else None
+    return [None if x is None else x.to(DEVICE) for x in (q, d, offsets, q_mask)]
+
+
+def maxsim_numpy(q, d, offsets, q_mask, paired, upstream):
+    """Scores and both gradients by the definition, in float64."""
+    q, d, upstream = (x.double().cpu().numpy() for x in (q, d, upstream))
+    B, N = len(q), len(offsets) - 1
+    scores, grad_q, grad_d = np.zeros(upstream.shape), np.zeros_like(q), np.zeros_like(d)
+    for b in range(B):
+        for column in range(upstream.shape[1]):
+            n = b * (N // B) + column if paired else column
+            start, end = offsets[n], offsets[n + 1]
+            for i in range(q.shape[1] if end > start else 0):
+                if q_mask is None or q_mask[b, i]:
+                    t = start + int(np.argmax(d[start:end] @ q[b, i]))  # argmax: the lowest of a tie
+                    scores[b, column] += d[t] @ q[b, i]
+                    grad_q[b, i] += upstream[b, column] * d[t]
+                    grad_d[t] += upstream[b, column] * q[b, i]
+    return scores, grad_q, grad_d
+
+
+def scores_and_gradients(q, d, offsets, q_mask, paired, backend, upstream=None):
+    q, d = q.clone().requires_grad_(), d.clone().requires_grad_()
+    scores = (maxsim_paired if paired else maxsim)(q, d, offsets, q_mask, backend)
+    if upstream is None:
+        upstream = torch.linspace(-2, 3, scores.numel(), device=scores.device).view_as(scores)
+    return [scores.detach(), *torch.autograd.grad(scores, (q, d), upstream.to(scores.dtype)), upstream]
+
+
+def assert_agrees_with_float64(q, d, offsets, q_mask, paired, backend):
+    *got, upstream = scores_and_gradients(q, d, offsets, q_mask, paired, backend)
+    assert got[0].dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    for x, like in zip(got[1:], (q, d)):
+        assert x.dtype == like.dtype and x.shape == like.shape
+    truth, (of_scores, of_gradient) = maxsim_numpy(q, d, offsets.cpu(), q_mask, paired, upstream), TOLERANCE[q.dtype]
+    for x, true, tolerance in zip(got, truth, (of_scores, of_gradient, of_gradient)):
+        error = np.abs(x.double().cpu().numpy() - true).max(initial=0)
+        assert error <= tolerance * max(np.abs(true).max(initial=0), 1e-3)
+
+
+def test_maxsim_of_two_queries_and_three_passages_by_hand():
+    q = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [-1.0, 0.0]]], device=DEVICE)
+    d = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, -1.0], [-2.0, -1.0]], device=DEVICE)  # passages of 2, 0, 2 tokens
+    offsets = torch.tensor([0, 2, 2, 4], dtype=torch.int32, device=DEVICE)
+    # Query 0: max(1, 3) + max(2, 0) = 5; empty; max(0, -2) + max(-1, -1) = -1.
+    # Query 1: max(3, 3) + max(-1, -3) = 2; empty; max(-1, -3) + max(0, 2) = 1.
+    upstream = torch.tensor([[1.0, 10, 100], [0, 0, 2]], device=DEVICE)
+    for backend in BACKENDS:
+        scores, grad_q, grad_d, _ = scores_and_gradients(q, d, offsets, None, False, backend, upstream)
+        assert scores.tolist() == [[5, 0, -1], [2, 0, 1]]
+        # The ties (query 0's second token in the last passage, query 1's first in the first) go to the first token.
+        assert grad_q.tolist() == [[[3 + 0, 0 - 100], [1 + 0, 2 - 100]], [[0, -2], [-4, -2]]]
+        assert grad_d.tolist() == [[0, 1], [1, 0], [100 + 2, 100 + 2], [-2, 0]]
+
+
+@LAYOUTS
+@EVERY_BACKEND
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+def test_maxsim_and_both_gradients_agree_with_float64(dtype, backend, paired):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton computes in float32")
+    assert_agrees_with_float64(*ragged([7, 0, 64, 65, 1, 130], 3, 5, 24, dtype, masked=True), paired, backend)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("B, Q, E, lengths, paired", [
+    (1, 1, 1, [1], False), (1, 1, 1, [], False), (2, 3, 8, [0, 0], False), (5, 1, 16, [1] * 5, True),
+    (7, 1, 40, [1, 2, 0], False), (2, 33, 16, [63, 64], True), (5, 31, 16, [3, 67], False),
+    (1, 130, 16, [70, 2], True), (1, 512, 16, [5], False), (2, 4, 300, [9, 33], False),
+], ids=str)
+def test_maxsim_at_the_edges_of_its_tiles(B, Q, E, lengths, paired, backend):
+    assert_agrees_with_float64(*ragged(lengths, B, Q, E, masked=Q > 2), paired, backend)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_triton_and_blockwise_agree_with_float64_on_random_ragged_batches(seed):
+    rng = np.random.default_rng(seed)
+    B, Q, K, paired = rng.integers(1, 5), rng.integers(1, 8), rng.integers(1, 4), bool(rng.integers(2))
+    lengths = rng.integers(0, rng.choice([2, 20, 80, 301]), B * K if paired else rng.integers(0, 6))
+    dtype = [torch.float32, torch.bfloat16][seed % 2]
+    E, masked = int(rng.choice([3, 16, 32, 50])), bool(rng.integers(2))
+    q, d, offsets, q_mask = ragged(lengths, B, Q, E, dtype, seed, masked)
+    kind = seed % 5
+    if kind == 1:  # exact ties: a few small integers
+        q, d = q.sign(), d.round().clamp(-1, 1)
+    elif kind == 2:  # duplicated tokens, in quarters, so that no order of summation rounds one of the two
+        q, d = (4 * q).round() / 4, (4 * d[torch.arange(len(d), device=DEVICE) // 2 * 2]).round() / 4
+    elif kind == 3:  # every similarity negative
+        q, d = q.abs() + 0.1, -d.abs() - 0.1
+    for backend in BACKENDS[1:]:
+        assert_agrees_with_float64(q, d, offsets, q_mask, paired, backend)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_triton_and_blockwise_choose_the_same_winners_at_ties():
+    q, d, offsets, _ = ragged([130, 3, 64, 0, 9], 3, 6, 16, seed=5)
+    q, d = q.sign(), d.sign()
+    forwards = maxsim_kernel._triton_forward, maxsim_kernel._blockwise_forward
+    winners = [forward(q, d, offsets, None, False, True, 130)[1] for forward in forwards]
+    assert winners[0].dtype == winners[1].dtype == torch.uint8
+    filled = offsets.diff() > 0  # an empty passage has no winner
+    assert torch.equal(winners[0][filled], winners[1][filled])
+
+
+@LAYOUTS
+@EVERY_BACKEND
+def test_a_masked_query_token_scores_as_if_it_were_not_there(backend, paired):
+    q, d, offsets, _ = ragged([5, 8, 0, 70], 2, 6, 16)
+    q_mask = torch.tensor([True, False, True, True, False, False], device=DEVICE)
+    full = scores_and_gradients(q, d, offsets, q_mask.expand(2, -1), paired, backend)
+    kept = scores_and_gradients(q[:, q_mask], d, offsets, None, paired, backend)
+    torch.testing.assert_close(full[0], kept[0])
+    torch.testing.assert_close(full[1][:, q_mask], kept[1])
+    torch.testing.assert_close(full[2], kept[2])
+    assert (full[1][:, ~q_mask] == 0).all()
+
+
+@EVERY_BACKEND
+def test_permuting_passages_permutes_scores_and_gradients(backend):
+    lengths, order = [5, 0, 70, 33], [2, 3, 0, 1]
+    q, d, offsets, _ = ragged(lengths, 3, 4, 16)
+    tokens = torch.cat([torch.arange(offsets[n], offsets[n + 1]) for n in order]).to(DEVICE)
+    permuted_offsets = torch.tensor([0, *(lengths[n] for n in order)], device=DEVICE).cumsum(0).int()
+    scores, grad_q, grad_d, upstream = scores_and_gradients(q, d, offsets, None, False, backend)
+    permuted = scores_and_gradients(q, d[tokens], permuted_offsets, None, False, backend, upstream[:, order])
+    torch.testing.assert_close(permuted[0], scores[:, order])
+    torch.testing.assert_close(permuted[1], grad_q)
+    torch.testing.assert_close(permuted[2], grad_d[tokens])
+
+
+@LAYOUTS
+@EVERY_BACKEND
+def test_two_runs_give_the_same_bits(backend, paired):
+    batch = ragged([40, 77, 3, 0, 12, 200], 3, 5, 32)
+    first, second = (scores_and_gradients(*batch, paired, backend) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_scaled_loss_does_not_overflow_float16(backend):
+    q, d, offsets, _ = ragged([9, 70], 2, 3, 16, torch.float16)
+    q, d = q / 1000, d / 1000
+    *_, upstream = scores_and_gradients(q, d, offsets, None, False, backend)
+    got = scores_and_gradients(q, d, offsets, None, False, backend, upstream * 1e6)[1:3]
+    true = maxsim_numpy(q, d, offsets.cpu(), None, False, upstream * 1e6)[1:]
+    for x, y in zip(got, true):
+        np.testing.assert_allclose(x.double().cpu().numpy(), y, rtol=0, atol=2e-3 * np.abs(y).max())
+
+
+def test_a_passage_longer_than_it_was_said_to_be_does_not_go_unnoticed():
+    q, d, offsets, _ = ragged([4, 9], 2, 3, 16)
+    with pytest.raises(ValueError, match="max_length is 8, but a passage has 9 tokens"):
+        maxsim(q, d, offsets, None, "torch", max_length=8)
+    if "triton" in BACKENDS:
+        assert maxsim(q, d, offsets, None, "triton", max_length=8).isnan().tolist() == [[False, True]] * 2
+
+
+@EVERY_BACKEND
+def test_autocast_does_not_round_the_similarities(backend):
+    batch = ragged([5, 70], 2, 3, 16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = maxsim(*batch, backend)
+    assert torch.equal(inside, maxsim(*batch, backend))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_gradients_of_maxsim_are_those_of_finite_differences(backend, paired):
+    q, d, offsets, q_mask = ragged([3, 0, 5, 2], 2, 3, 4, torch.float64, masked=True)
+    inputs, function = (q.requires_grad_(), d.requires_grad_()), maxsim_paired if paired else maxsim
+    assert torch.autograd.gradcheck(lambda q, d: function(q, d, offsets, q_mask, backend), inputs)
+
+
+# ---- maxsim_kernel.py: losses ----------------------------------------------------------------------------------------
+
+
+def losses_numpy(scores, teacher, pairs, pair_probs, positive, tau, lambda_kd, lambda_pair, pair_reduction):
+    """Sections 3.1, 3.3 and 4.2 of the paper, written out in float64."""
+    scores, teacher, pair_probs = (x.detach().double().cpu().numpy() for x in (scores, teacher, pair_probs))
+    B, K = teacher.shape
+    cl, kd, pair, n_pairs = [], 0.0, 0.0, 0
+    for b in range(B):
+        first = b * K if scores.shape[1] != K else 0
+        own = scores[b, first : first + K]
+        if positive is not None and positive[b] >= 0:
+            in_batch = scores.shape[1] != K
+            negatives = np.delete(scores[b], range(first, first + K)) if in_batch else np.delete(own, positive[b])
+            cl.append(-np.log(np.exp(own[positive[b]]) / (np.exp(own[positive[b]]) + np.exp(negatives).sum())))
+        student = np.exp(own) / np.exp(own).sum()
+        point = np.exp(teacher[b] / tau) / np.exp(teacher[b] / tau).sum()
+        kd += (point[point > 0] * np.log(point[point > 0] / student[point > 0])).sum() / B
+        for (i, j), p in zip(pairs[b].tolist(), pair_probs[b]):
+            if i >= 0:
+                n_pairs += 1
+                ours = np.exp(own[i]) / (np.exp(own[i]) + np.exp(own[j]))
+                pair += sum(t * np.log(t / s) for t, s in ((p, ours), (1 - p, 1 - ours)) if t > 0)
+    cl = np.mean(cl) if cl else 0.0
+    pair /= B if pair_reduction == "sum" else max(n_pairs, 1)
+    return [cl + lambda_kd * kd + lambda_pair * pair, cl, kd, pair]
+
+
+def loss_batch(B=4, K=5, P=7, in_batch=True, seed=0, dtype=torch.float64):
+    """A mixed batch: query 1 has no label, query 2 no pairs, and some probabilities are exactly 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = 3 * torch.randn(B, B * K if in_batch else K, generator=generator, dtype=dtype)
+    teacher = 4 * torch.randn(B, K, generator=generator, dtype=dtype)
+    pairs = torch.stack([torch.randperm(K, generator=generator)[:2] for _ in range(B * P)]).view(B, P, 2)
+    pair_probs = torch.rand(B, P, generator=generator, dtype=dtype)
+    pair_probs[0, :2] = torch.tensor([0, 1])
+    pairs[2], pairs[3:, 4:] = -1, -1
+    positive = torch.randint(0, K, (B,), generator=generator)
+    positive[1] = -1
+    return [x.to(DEVICE) for x in (scores, teacher, pairs, pair_probs, positive)]
+
+
+IN_BATCH = pytest.mark.parametrize("in_batch", [True, False], ids=["in_batch", "own_block"])
+
+
+@IN_BATCH
+@EVERY_BACKEND
+@pytest.mark.parametrize("pair_reduction", ["mean", "sum"])
+@pytest.mark.parametrize("labels", ["labelled", "unlabelled", "mixed", "none given"])
+def test_losses_agree_with_the_papers_formulas(labels, pair_reduction, backend, in_batch):
+    scores, teacher, pairs, pair_probs, positive = loss_batch(in_batch=in_batch)
+    positive = {"labelled": positive.clamp(min=0), "unlabelled": positive.clamp(max=-1), "mixed": positive}.get(labels)
+    options = dict(tau=0.7, lambda_kd=0.5, lambda_pair=2.0, pair_reduction=pair_reduction)
+    given = scores.float() if backend == "triton" else scores
+    got = pairdistill_loss(given, teacher, pairs, pair_probs, positive, backend=backend, **options)
+    true = losses_numpy(scores, teacher, pairs, pair_probs, positive, **options)
+    np.testing.assert_allclose([x.item() for x in got], true, rtol=2e-6 if backend == "triton" else 1e-12, atol=1e-12)
+    assert labels in ("labelled", "mixed") or got.cl == 0
+
+
+def test_losses_of_two_queries_and_three_passages_by_hand():
+    log = np.log
+    scores = torch.tensor([[log(2), 0, 0], [0, log(3), 0]], device=DEVICE).float()  # softmax .5 .25 .25 and .2 .6 .2
+    teacher = torch.tensor([[0, 0, 0], [0, log(3), 0]], device=DEVICE).float()  # 1/3 1/3 1/3 and .2 .6 .2
+    pairs = torch.tensor([[[0, 1], [2, 1]], [[1, 2], [-1, -1]]], device=DEVICE)
+    pair_probs = torch.tensor([[1.0, 0.5], [0.0, 0.0]], device=DEVICE)  # the student's: 2/3, 1/2 and 3/4
+    positive = torch.tensor([0, -1], device=DEVICE)
+    for backend in BACKENDS:
+        losses = pairdistill_loss(scores, teacher, pairs, pair_probs, positive, backend=backend)
+        assert losses.cl.item() == pytest.approx(log(2), rel=1e-6)
+        assert losses.kd.item() == pytest.approx((log(2 / 3) + 2 * log(4 / 3)) / 3 / 2, rel=1e-5)
+        assert losses.pair.item() == pytest.approx((log(3 / 2) + 0 + log(4)) / 3, rel=1e-6)
+        assert losses.total.item() == pytest.approx((losses.cl + losses.kd + 3 * losses.pair).item())
+
+
+@IN_BATCH
+@pytest.mark.parametrize("pair_reduction", ["mean", "sum"])
+def test_gradients_of_the_losses_are_those_of_finite_differences(pair_reduction, in_batch):
+    scores, *rest = loss_batch(in_batch=in_batch)
+    options = dict(tau=0.7, pair_reduction=pair_reduction)
+    assert torch.autograd.gradcheck(lambda s: tuple(pairdistill_loss(s, *rest, **options)), (scores.requires_grad_(),))
+
+
+@IN_BATCH
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@pytest.mark.parametrize("K, P", [(5, 7), (1, 0), (64, 50), (33, 130)])
+def test_the_fused_head_agrees_with_eager_in_every_loss_and_gradient(K, P, in_batch):
+    scores, *rest = loss_batch(K=max(K, 2), P=max(P, 5), in_batch=in_batch, dtype=torch.float32)
+    if K == 1:  # nothing to compare
+        scores = scores[:, ::2].contiguous()
+        rest = [rest[0][:, :1], rest[1][:, :0], rest[2][:, :0], rest[3].clamp(max=0)]
+    scores.requires_grad_()
+    for upstream in [(1.7, 0, 0, 0), (0, 1, -2, 3), (2, 0, 0, 0.5)]:
+        got = []
+        for backend in ("eager", "triton"):
+            losses = pairdistill_loss(scores, *rest, tau=1.3, backend=backend)
+            weighted = sum(weight * loss for weight, loss in zip(upstream, losses) if weight)
+            got.append([*losses, torch.autograd.grad(weighted, scores)[0]])
+        for x, y in zip(*got):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_BACKEND
+def test_extreme_scores_and_probabilities_keep_finite_gradients(backend):
+    scores, teacher, pairs, pair_probs, positive = loss_batch(dtype=torch.float32)
+    scores = (100 * scores).requires_grad_()
+    losses = pairdistill_loss(scores, 1000 * teacher, pairs, pair_probs.round(), positive, backend=backend)
+    (grad,) = torch.autograd.grad(losses.total, scores)
+    assert all(x.isfinite() for x in losses) and grad.isfinite().all()
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("pair_reduction", ["mean", "sum"])
+def test_the_ranks_losses_and_gradients_add_up_to_the_global_batchs(pair_reduction, backend):
+    scores, teacher, pairs, pair_probs, positive = loss_batch(B=5, dtype=torch.float32)
+    scores.requires_grad_()
+    batch = scores, teacher, pairs, pair_probs, positive
+    options = dict(pair_reduction=pair_reduction, backend=backend)
+    whole = pairdistill_loss(*batch, **options)
+    options |= dict(n_queries=5, n_labelled=int((positive >= 0).sum()), n_pairs=int((pairs[..., 0] >= 0).sum()))
+    parts = slice(0, 2), slice(2, 3), slice(3, 5)  # the second rank has no pair
+    ranks = [pairdistill_loss(*(x[part] for x in batch), first_query=part.start, **options) for part in parts]
+    for term, sums in zip(whole, zip(*ranks)):
+        torch.testing.assert_close(sum(sums), term)
+    totals, upstream = (whole.total, sum(rank.total for rank in ranks)), torch.tensor(1.5, device=DEVICE)
+    grads = [torch.autograd.grad(total, scores, upstream)[0] for total in totals]
+    torch.testing.assert_close(*grads)
+
+
+@EVERY_BACKEND
+def test_permuting_a_querys_passages_changes_no_loss(backend):
+    scores, teacher, pairs, pair_probs, positive = loss_batch(B=3, K=4, in_batch=False, dtype=torch.float32)
+    order = torch.tensor([2, 0, 3, 1], device=DEVICE)  # new position k holds the old order[k]
+    new_position = order.argsort()
+    moved_pairs = torch.where(pairs >= 0, new_position[pairs.clamp(min=0)], -1)
+    moved_positive = torch.where(positive >= 0, new_position[positive.clamp(min=0)], -1)
+    moved = scores[:, order], teacher[:, order], moved_pairs, pair_probs, moved_positive
+    before = pairdistill_loss(scores, teacher, pairs, pair_probs, positive, backend=backend)
+    after = pairdistill_loss(*moved, backend=backend)
+    torch.testing.assert_close(tuple(before), tuple(after))
+
+
+@EVERY_BACKEND
+def test_a_swapped_pair_is_the_same_as_one_minus_its_probability(backend):
+    scores, teacher, pairs, pair_probs, positive = loss_batch(dtype=torch.float32)
+    scores.requires_grad_()
+    results = []
+    for args in ((pairs, pair_probs), (pairs.flip(-1), 1 - pair_probs)):
+        losses = pairdistill_loss(scores, teacher, *args, positive, backend=backend)
+        results.append((losses.pair.detach(), torch.autograd.grad(losses.total, scores)[0]))
+    torch.testing.assert_close(*results)
+
+
+@EVERY_BACKEND
+def test_columns_of_the_own_hard_negatives_are_no_negatives_of_the_contrastive_loss(backend):
+    scores, teacher, pairs, pair_probs, positive = loss_batch(dtype=torch.float32)
+    scores.requires_grad_()
+    losses = pairdistill_loss(scores, teacher, pairs, pair_probs, positive, backend=backend)
+    (grad,) = torch.autograd.grad(losses.cl, scores)
+    K = teacher.shape[1]
+    for b, label in enumerate(positive.tolist()):
+        own = grad[b, b * K : (b + 1) * K]
+        assert (grad[b] != 0).sum() == (0 if label < 0 else grad.shape[1] - K + 1) and (label < 0 or own[label] < 0)
+
+
+# ---- maxsim_kernel.py: the objective, and its boundary ---------------------------------------------------------------
+
+
+@IN_BATCH
+@EVERY_BACKEND
+def test_the_objective_is_the_loss_of_maxsim(backend, in_batch):
+    B, K = 3, 4
+    q, d, offsets, q_mask = ragged([5, 0, 70, 1, 2, 3, 4, 9, 12, 33, 0, 8], B, 5, 16, masked=True)
+    q, d = q.requires_grad_(), d.requires_grad_()
+    _, *rest = loss_batch(B, K, dtype=torch.float32)
+    options = dict(tau=0.8, lambda_pair=2.0, pair_reduction="sum")
+    fused = pairdistill_objective(q, d, offsets, *rest, q_mask=q_mask, in_batch=in_batch, backend=backend, **options)
+    scores = (maxsim if in_batch else maxsim_paired)(q, d, offsets, q_mask, "eager")
+    composed = pairdistill_loss(scores, *rest, backend="eager", **options)
+    torch.testing.assert_close(tuple(fused), tuple(composed), rtol=1e-5, atol=1e-6)
+    upstream = torch.tensor(-1.7, device=DEVICE)
+    for x, y in zip(*(torch.autograd.grad(losses.total, (q, d), upstream) for losses in (fused, composed))):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_the_objective_is_that_of_finite_differences():
+    q, d, offsets, _ = ragged([2, 0, 3, 1], 2, 2, 3, torch.float64)
+    _, *rest = loss_batch(B=4, K=2)
+    rest = [x[:2] for x in rest]
+    inputs = q.requires_grad_(), d.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, d: pairdistill_objective(q, d, offsets, *rest).total, inputs)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(q=torch.zeros(2, 3)), r"q must be float \[B, Lq, dim\]"),
+    (dict(q=torch.zeros(2, 3, 4, dtype=torch.int32)), "q must be float"),
+    (dict(d=torch.zeros(6, 5)), r"d must be float32 \[T, 4\] on cpu, got float32 \[6, 5\]"),
+    (dict(d=torch.zeros(6, 4, dtype=torch.float16)), "d must be float32"),
+    (dict(offsets=torch.tensor([0, 2, 6])), "offsets must be int32"),
+    (dict(offsets=torch.tensor([0, 2, 5], dtype=torch.int32)), "offsets must .* end with d's 6 rows"),
+    (dict(offsets=torch.tensor([0, 7, 6], dtype=torch.int32)), "never fall"),
+    (dict(offsets=torch.tensor([0, 1, 2, 6], dtype=torch.int32)), "the same number of passages, got 3 for 2"),
+    (dict(q_mask=torch.ones(2, 3)), "q_mask must be bool"),
+    (dict(backend="cuda"), "backend must be one of auto, triton, torch, eager"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_maxsim_says_in_one_sentence_what_is_wrong(change, message):
+    right = dict(q=torch.zeros(2, 3, 4), d=torch.zeros(6, 4), offsets=torch.tensor([0, 2, 6], dtype=torch.int32))
+    with pytest.raises(ValueError, match=message):
+        maxsim_paired(**right | change)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(scores=torch.zeros(2, 4)), "scores must be 3 wide"),
+    (dict(scores=torch.zeros(2, 6), first_query=1), "of which these are 1 to 2, got 6"),
+    (dict(scores=torch.zeros(6)), "scores must be float"),
+    (dict(teacher=torch.zeros(3, 3)), "scores must be float"),
+    (dict(teacher=torch.zeros(2, 3, dtype=torch.int64)), "teacher must be float"),
+    (dict(pairs=torch.zeros(2, 1, 2)), "pairs must be int"),
+    (dict(pairs=torch.tensor([[[0, 3]], [[0, 1]]])), "pairs must lie in 0 to 2, or be -1 twice"),
+    (dict(pairs=torch.tensor([[[0, -1]], [[0, 1]]])), "pairs must lie"),
+    (dict(pair_probs=torch.zeros(2, 2)), "pair_probs must be float"),
+    (dict(pair_probs=torch.tensor([[0.5], [1.5]])), "pair_probs must lie between 0 and 1"),
+    (dict(positive=torch.zeros(2)), "positive must be int"),
+    (dict(positive=torch.tensor([3, 0])), "positive must lie in -1 to 2"),
+    (dict(pair_reduction="max"), "pair_reduction must be 'mean' or 'sum'"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_the_loss_says_in_one_sentence_what_is_wrong(change, message):
+    right = dict(scores=torch.zeros(2, 3), teacher=torch.zeros(2, 3), pairs=torch.zeros(2, 1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=message):
+        pairdistill_loss(**right | dict(pair_probs=torch.zeros(2, 1)) | change)
+
+
+@pytest.mark.parametrize("hide_triton", [False, True], ids=["triton installed", "no triton"])
+def test_without_a_gpu_everything_works_on_cpu_tensors_and_triton_says_why_it_cannot(hide_triton):
+    program = f"""
+import sys
+if {hide_triton}: sys.modules["triton"] = None  # import triton then raises ImportError
+import torch
+from maxsim_kernel import maxsim, pairdistill_objective
+q, d, offsets = torch.ones(1, 2, 4, requires_grad=True), torch.ones(3, 4), torch.tensor([0, 1, 3], dtype=torch.int32)
+assert maxsim(q, d, offsets).tolist() == [[8, 8]]
+losses = pairdistill_objective(q, d, offsets, torch.zeros(1, 2), torch.tensor([[[0, 1]]]), torch.tensor([[.5]]))
+losses.total.backward()
+try: maxsim(q, d, offsets, backend="triton")
+except ValueError as error: print(error)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    hidden = hide_triton or maxsim_kernel.triton is None
+    reason = "which is not installed" if hidden else "needs tensors on a CUDA device"
+    assert reason in run.stdout and run.stdout.count("\n") == 1
+
+
+# pairdistill.py -----------------------------------------------------------------------------------------------------
+
+
+TEXTS = ["the cat sat on the mat.", "dogs bark at night, loudly!", "a bird sings", "fish swim in the sea; they do",
+         "the quick brown fox jumps over the lazy dog", "birds of a feather flock together"] * 3
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("encoder")
+    scratch_encoder(folder, TEXTS, vocabulary=200, hidden=32, layers=1, positions=64)
+    return str(folder)
+
+
+def student_of(encoder, **settings) -> Student:
+    return Student.from_pretrained(encoder, **{"dim": 16, "query_length": 12, "passage_length": 20, **settings})
+
+
+def test_a_query_is_cls_marker_words_sep_and_masks_that_score_but_are_not_attended_to(encoder):
+    student = student_of(encoder)
+    q, mask = student.encode_queries(["the cat sat"])
+    assert q.shape == (1, 12, 16) and mask.all()
+    assert torch.allclose(q.norm(dim=-1), torch.ones(1, 12), atol=1e-5)
+    rows = student._ids(["the cat sat"], student.query_marker, 12)
+    t = student.tokenizer
+    assert t.convert_ids_to_tokens(rows[0])[:2] == ["[CLS]", "[unused0]"] and rows[0][-1] == t.sep_token_id
+    # More [MASK]s change no other vector: nobody attends to them.
+    longer = student_of(encoder, query_length=16).encode_queries(["the cat sat"])[0]
+    assert torch.allclose(longer[:, :len(rows[0])], q[:, :len(rows[0])], atol=1e-5)
+
+
+def test_without_expansion_a_querys_padding_does_not_score(encoder):
+    q, mask = student_of(encoder, query_expansion=False).encode_queries(["the cat sat on the mat", "fish"])
+    assert mask[0].sum() > mask[1].sum() and mask[0].all()
+
+
+def test_passages_are_ragged_in_their_own_order_and_do_without_punctuation(encoder):
+    student = student_of(encoder)
+    student.chunk = 2
+    d, offsets = student.encode_passages(TEXTS[:5])
+    assert offsets[0] == 0 and offsets[-1] == len(d) and offsets.dtype == torch.int32
+    for n, text in enumerate(TEXTS[:5]):
+        ids = student._ids([text], student.passage_marker, 20)[0]
+        kept = [i for i in ids if i not in student.skiplist.tolist()]
+        alone, _ = student.encode_passages([text])
+        assert offsets[n + 1] - offsets[n] == len(kept) == len(alone)
+        assert torch.allclose(d[offsets[n]:offsets[n + 1]], alone, atol=1e-5)
+    assert len(student.encode_passages(["?!, ."])[0]) == 3  # [CLS], marker and [SEP] are left of a passage of punctuation
+    assert student.encode_passages([])[1].tolist() == [0]
+
+
+def test_dpr_is_one_token_a_side_and_not_normalised(encoder):
+    student = student_of(encoder, architecture="dpr", dim=None)
+    q, mask = student.encode_queries(TEXTS[:3])
+    d, offsets = student.encode_passages(TEXTS[:4])
+    assert q.shape == (3, 1, 32) and mask.shape == (3, 1) and d.shape == (4, 32) and offsets.tolist() == [0, 1, 2, 3, 4]
+    assert not torch.allclose(d.norm(dim=-1), torch.ones(4), atol=1e-2)
+    assert torch.allclose(maxsim_kernel.maxsim(q, d, offsets), q[:, 0] @ d.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(architecture="dpr", dim=None), dict(query_expansion=False, dim=8)])
+def test_a_saved_student_loads_as_it_was(encoder, tmp_path, settings):
+    student = student_of(encoder, **settings)
+    student.save_pretrained(tmp_path)
+    again = Student.from_pretrained(str(tmp_path))
+    assert again.settings == student.settings
+    assert torch.equal(again.encode_queries(TEXTS[:3])[0], student.encode_queries(TEXTS[:3])[0])
+    assert torch.equal(again.encode_passages(TEXTS[:3])[0], student.encode_passages(TEXTS[:3])[0])
+
+
+def test_a_colbert_checkpoint_gives_its_projection(encoder, tmp_path):
+    student = student_of(encoder, dim=24)
+    student.save_pretrained(tmp_path)
+    (tmp_path / "pairdistill.json").unlink()  # as the colbert-ai package leaves it
+    assert torch.equal(Student.from_pretrained(str(tmp_path)).linear.weight, student.linear.weight)
+
+
+def test_a_new_projection_keeps_angles(encoder):
+    weight = student_of(encoder).linear.weight
+    assert torch.allclose(weight @ weight.T, torch.eye(16), atol=1e-5)
+
+
+def test_chunks_change_memory_not_gradients(encoder):
+    gradients = []
+    for chunk in (64, 2):
+        student = student_of(encoder)
+        student.chunk = chunk
+        student.encode_passages(TEXTS[:7])[0].square().mul(torch.arange(16)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n, wanted, delta", [(16, 12, 4), (64, 50, 10), (5, 100, None), (3, 7, 2), (1, 5, 10), (64, 0, 10)])
+def test_pairs_are_near_ordered_distinct_and_as_many_as_there_are(n, wanted, delta):
+    pairs = sample_pairs(n, wanted, delta, torch.Generator().manual_seed(1))
+    available = sum(1 for i in range(n) for j in range(i + 1, n) if delta is None or j - i < delta)
+    assert pairs.shape == (min(wanted, available), 2) and len(set(map(tuple, pairs.tolist()))) == len(pairs)
+    assert all(0 <= i < j < n and (delta is None or j - i < delta) for i, j in pairs.tolist())
+
+
+def test_pairs_follow_the_seed():
+    draw = lambda seed: sample_pairs(64, 50, 10, torch.Generator().manual_seed(seed)).tolist()
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_every_epoch_holds_every_row_once():
+    batches = Batches(10, 4, seed=0)
+    rows = np.concatenate([batches[step] for step in range(5)])
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and (rows[:10] != rows[10:]).any()
+
+
+def examples_of(n=6, K=3, P=2) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return dict(passages=draw.integers(0, 6, (n, K)), teacher=draw.normal(size=(n, K)).astype(np.float32),
+                pairs=np.tile([[0, 1], [1, 2]], (n, 1, 1))[:, :P], pair_probs=draw.random((n, P), np.float32),
+                positive=np.array([0, 1, -1, 2, -1, 0])[:n])
+
+
+def train_a_little(encoder, examples, ranks=Ranks(), steps=6, **settings):
+    student = student_of(encoder)
+    terms = train(student, TEXTS[:6], TEXTS[:6], examples, **{**dict(
+        steps=steps, batch=4, lr=1e-2, warmup=1, temperature=1.0, tau=1.0, lambda_kd=1.0, lambda_pair=3.0,
+        pair_reduction="mean", seed=3, ranks=ranks, desc="test"), **settings})
+    return student, terms
+
+
+def test_training_lowers_the_loss_and_two_runs_give_the_same_bits(encoder):
+    (a, terms), (b, again) = (train_a_little(encoder, examples_of(), steps=30) for _ in range(2))
+    assert np.mean([t[0] for t in terms[-5:]]) < 0.5 * np.mean([t[0] for t in terms[:5]])
+    assert terms == again and all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_without_labels_there_is_no_contrastive_loss(encoder):
+    examples = {**examples_of(), "positive": np.full(6, -1)}
+    assert all(cl == 0 and kd > 0 for _, cl, kd, _ in train_a_little(encoder, examples)[1])
+
+
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(encoder, tmp_path, monkeypatch):
+    whole, terms = train_a_little(encoder, examples_of(), steps=8)
+    import pairdistill
+    save = pairdistill._save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pairdistill, "_save_checkpoint", save_and_stop)
+    monkeypatch.setattr(pairdistill.fit, "__kwdefaults__", {**pairdistill.fit.__kwdefaults__, "checkpoint_every": 3})
+    with pytest.raises(KeyboardInterrupt):
+        train_a_little(encoder, examples_of(), steps=8, checkpoint_folder=tmp_path)
+    monkeypatch.setattr(pairdistill, "_save_checkpoint", save)
+    resumed, again = train_a_little(encoder, examples_of(), steps=8, checkpoint_folder=tmp_path)
+    assert again == terms and all(torch.equal(x, y) for x, y in zip(whole.parameters(), resumed.parameters()))
+
+
+TWO_RANKS = """
+import sys, torch, numpy as np
+sys.path.insert(0, {here!r})
+import ranks
+from test_pairdistill import TEXTS, examples_of, train_a_little
+me = ranks.init()
+student, terms = train_a_little({encoder!r}, examples_of(), me, steps={steps})
+if me.first:
+    torch.save(dict(terms=terms, weights=[p.detach() for p in student.parameters()]), {out!r})
+"""
+
+
+def on_two_ranks(tmp_path, encoder: str, steps: int) -> dict:
+    script, out = tmp_path / "two.py", tmp_path / "two.pt"
+    script.write_text(TWO_RANKS.format(here=str(HERE), encoder=encoder, steps=steps, out=str(out)))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+                   check=True, capture_output=True, timeout=300)
+    return torch.load(out, weights_only=True)
+
+
+def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encoder, tmp_path):
+    one, terms = train_a_little(encoder, examples_of(), steps=5)
+    two = on_two_ranks(tmp_path, encoder, 5)
+    assert np.allclose(two["terms"], terms, atol=1e-5, rtol=1e-5)  # of later steps too: the gradients agreed
+    for a, b in zip(one.parameters(), two["weights"]):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+# teachers.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_teachers(encoder, tmp_path_factory) -> tuple[str, str]:
+    """Both roles, trained to prefer the passage that holds the query's word."""
+    folder, words = tmp_path_factory.mktemp("teachers"), "cat dogs bird fish fox feather".split()
+    groups = [(w, t, [x for x in TEXTS[:6] if x != t]) for w, t in zip(words, TEXTS[:6])]
+    common = dict(steps=60, batch=6, lr=3e-3, query_length=8, passage_length=20)
+    point = teachers.train_pointwise(encoder, groups, folder / "point", negatives=3, **common)
+    pair = teachers.train_pairwise(encoder, groups, folder / "pair", **{**common, "steps": 150})
+    assert np.mean([a for _, a in point[-10:]]) > 0.9 and np.mean([a for _, a in pair[-20:]]) > 0.8
+    return str(folder / "point"), str(folder / "pair")
+
+
+def test_a_trained_teacher_is_an_ordinary_checkpoint_that_loads_by_path(trained_teachers):
+    from transformers import AutoModelForSequenceClassification
+    assert AutoModelForSequenceClassification.from_pretrained(trained_teachers[0]).config.num_labels == 1
+    teacher = teachers.load_pointwise(trained_teachers[0])
+    scores = teacher.score([("cat", t) for t in TEXTS[:6]])
+    assert scores.dtype == np.float32 and scores.argmax() == 0
+
+
+def test_scores_do_not_depend_on_the_batch(trained_teachers):
+    items = [(q, t) for q in ("cat", "the quick fox") for t in TEXTS[:6]]
+    together = teachers.load_pointwise(trained_teachers[0]).score(items)
+    teacher = teachers.load_pointwise(trained_teachers[0])
+    teacher.batch_tokens = 1
+    tolerance = 1e-5 if not torch.cpu._is_avx512_bf16_supported() else 3e-2
+    assert np.allclose(together, teacher.score(items), atol=tolerance, rtol=tolerance)
+
+
+def test_asking_both_orders_makes_a_swapped_pair_exactly_one_minus_p(trained_teachers):
+    teacher = teachers.load_pairwise(trained_teachers[1])
+    items = [("cat", a, b) for a in TEXTS[:6] for b in TEXTS[:6] if a != b]
+    p, swapped = teacher.prefer(items), teacher.prefer([(q, b, a) for q, a, b in items])
+    assert (swapped == 1 - p).all() and ((0 <= p) & (p <= 1)).all()
+    one = teachers.load_pairwise(trained_teachers[1], orders="one")
+    assert np.allclose(one.prefer(items), teacher.ask(items)[:, 0])
+
+
+def test_match_types_mark_the_words_that_stand_on_both_sides(encoder):
+    reader = teachers._new_classifier(encoder, torch.device("cpu"), 0, 8, 20)
+    (ids, segments), = reader.sequences([("cat bird", "the cat sat", "a bird sings")])
+    types = reader._match_types(torch.tensor([ids]), torch.tensor([segments]))[0].tolist()
+    words = reader.tokenizer.convert_ids_to_tokens(ids)
+    of = {(w, s): t for w, s, t in zip(words, segments, types)}
+    assert of["cat", 0] == 1 and of["bird", 0] == 2 and of["cat", 1] == 5 and of["bird", 2] == 9
+    assert of["[CLS]", 0] == 0 and of["[SEP]", 1] == 4 and of["[SEP]", 2] == 8
+
+
+def test_a_score_is_asked_once(trained_teachers, tmp_path, monkeypatch):
+    items = [("cat", t) for t in TEXTS[:6]]
+    first = teachers.load_pointwise(trained_teachers[0], cache=teachers.Cache(tmp_path)).score(items)
+    with open(tmp_path / "rank0.scores", "ab") as f:
+        f.write(b"half a row")  # as a killed process leaves it
+    cache = teachers.Cache(tmp_path, rank=0)
+    teacher = teachers.load_pointwise(trained_teachers[0], cache=cache)
+    monkeypatch.setattr(teacher, "_compute", lambda *_: pytest.fail("asked again"))
+    assert (teacher.score(items) == first).all() and cache.found == cache.asked == 6
+    monkeypatch.undo()
+    assert len(teacher.score(items + [("dogs", TEXTS[0])])) == 7 and len(cache.rows) == 7
+    # Another rank reads what this one wrote; another teacher finds nothing.
+    assert not np.isnan(teachers.Cache(tmp_path, rank=1).get(cache.keys(teacher.identity, items))).any()
+    assert np.isnan(cache.get(cache.keys("another", items))).all()
+
+
+def test_a_t5_teacher_reads_true_minus_false_of_one_decoder_step(tmp_path):
+    """The prompt reader against plain transformers calls, on a tiny random T5 with a vocabulary trained here."""
+    import sentencepiece
+    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+    (tmp_path / "text").write_text("\n".join(TEXTS * 5 + ["Query Document Document0 Document1 Relevant true false : 0 1"] * 9))
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"),
+                                             vocab_size=110, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+                                             user_defined_symbols=["▁true", "▁false"], minloglevel=2)
+    tokenizer = T5Tokenizer(str(tmp_path / "spiece.model"), extra_ids=0)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=64, num_layers=1, num_heads=2,
+                                                d_kv=16, decoder_start_token_id=0)).eval()
+    reader = teachers.Prompted(model, tokenizer, "pairwise", "t5", max_length=60)
+    pairs = [("cat", TEXTS[0], TEXTS[1]), ("birds sing", TEXTS[2], TEXTS[5])]
+    scores = teachers.Teacher(reader, "tiny").logits(pairs)
+    true, false = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("true", "false"))
+    for score, (q, a, b) in zip(scores, pairs):
+        ids = tokenizer(f"Query: {q} Document0: {a} Document1: {b} Relevant:", return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**ids, decoder_input_ids=torch.tensor([[0]])).logits[0, -1]
+        assert abs(score - float(logits[true] - logits[false])) < (1e-5 if not torch.cpu._is_avx512_bf16_supported() else 0.05)
+    long, = reader.sequences([("cat", TEXTS[4] * 9, TEXTS[5] * 9)])
+    end = tokenizer("Relevant:", add_special_tokens=True)["input_ids"]
+    assert len(long[0]) <= 60 and long[0][-len(end):] == end  # passages are cut, never the end of the prompt
+
+
+# retrieve.py ---------------------------------------------------------------------------------------------------------
+
+
+class WordVectors:
+    """A student without a network: a word has a fixed vector, a little shifted by its neighbour, so that the same word
+    is many similar tokens, as it is with an encoder. `ignored` words have no token; dpr has their mean instead."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, dim: int = 32, words: int = 400, dpr: bool = False, fail_after: int = 10**9):
+        generator = torch.Generator().manual_seed(0)
+        self.vectors = torch.randn(words, dim, generator=generator)
+        self.dim, self.dpr, self.fail_after = dim, dpr, fail_after
+
+    def vectors_of(self, text: str) -> torch.Tensor:
+        words = [int(word) for word in text.split() if word != "ignored"]
+        tokens = self.vectors[words] + .5 * self.vectors[words[1:] + words[:1]]
+        return tokens.mean(0, keepdim=True) * 3 if self.dpr else F.normalize(tokens, dim=1)
+
+    def encode_passages(self, texts):
+        self.fail_after -= len(texts)
+        if self.fail_after < 0:
+            raise KeyboardInterrupt
+        tokens = [self.vectors_of(text) for text in texts]
+        lengths = torch.tensor([0] + [len(t) for t in tokens])
+        return torch.cat([torch.zeros(0, self.dim), *tokens]), lengths.cumsum(0).int()
+
+    def encode_queries(self, texts):
+        tokens = [self.vectors_of(text) for text in texts]
+        q = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=7.0)  # masked: must not count
+        return q, torch.arange(q.shape[1]) < torch.tensor([len(t) for t in tokens])[:, None]
+
+
+def random_texts(n: int, longest: int, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(map(str, rng.integers(0, 400, rng.integers(1, longest + 1)))) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return random_texts(2999, 24, seed=1)
+
+
+@pytest.fixture(scope="module")
+def index(corpus, tmp_path_factory):
+    return Index.build(WordVectors(), corpus, tmp_path_factory.mktemp("index") / "index", student_digest="abc",
+                       passage_ids=[f"p{n}" for n in range(len(corpus))])
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return WordVectors().encode_queries(random_texts(97, 8, seed=2))
+
+
+def overlap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(np.mean([len(set(f) & set(e)) / len(e) for f, e in zip(found.tolist(), expected.tolist())]))
+
+
+def truth(student, texts, q, q_mask, k):
+    return maxsim(q, *student.encode_passages(texts), q_mask).topk(k)
+
+
+def test_search_finds_the_passages_of_exact_search(index, corpus, queries, monkeypatch):
+    _, exact_positions = index.search(queries[0], 20, queries[1], exact=True)
+    monkeypatch.setattr(index, "_search_all", None)  # by the lists alone
+    scores, positions = index.search(queries[0], 20, queries[1])
+    assert scores.dtype == torch.float32 and positions.dtype == torch.int64 and positions.shape == (97, 20)
+    assert overlap(positions, exact_positions) > .97
+    assert (scores.diff(dim=1) <= 0).all()
+    best = truth(WordVectors(), corpus, *queries, 1).indices
+    assert (positions == best).any(1).float().mean() > .98  # the codes, a quarter of a float16 each, lose few
+
+
+def test_scores_are_maxsim_of_the_decoded_tokens(index, queries):
+    q, q_mask = queries
+    d = index._decode(torch.arange(len(index.codes)))
+    expected = maxsim(q, d, index.offsets.int(), q_mask)
+    for exact in (False, True):
+        scores, positions = index.search(q, 20, q_mask, exact=exact)
+        torch.testing.assert_close(scores, expected.gather(1, positions), atol=1e-4, rtol=1e-5)
+
+
+def test_codes_decode_to_nearly_the_passages_own_tokens_in_corpus_order(index, corpus):
+    d, offsets = WordVectors().encode_passages(corpus)
+    decoded = index._decode(torch.arange(len(d)))
+    assert torch.equal(index.offsets, offsets.long())
+    torch.testing.assert_close(decoded.norm(dim=1), torch.ones(len(d)))
+    assert (decoded * d).sum(1).mean() > .95
+    assert index.codes.shape == (len(d), 8) and index.lists.element_size() + index.order.element_size() == 6
+    assert index.passage_ids[2998] == "p2998"
+
+
+def test_any_batch_of_queries_gives_each_query_its_own_result(index, queries, monkeypatch):
+    q, q_mask = queries
+    scores, _ = index.search(q, 20, q_mask)
+    monkeypatch.setattr(retrieve, "QUERIES", 41)
+    monkeypatch.setattr(retrieve, "QUERIES_LISTED", 13)
+    monkeypatch.setattr(retrieve, "QUERIES_RANKED", 5)
+    other_scores, _ = index.search(q, 20, q_mask)
+    torch.testing.assert_close(scores, other_scores)
+    for b in range(9):
+        n = int(q_mask[b].sum())
+        torch.testing.assert_close(index.search(q[b:b + 1, :n], 20)[0], scores[b:b + 1])
+
+
+def test_both_ways_to_score_candidates_agree(index, queries):
+    q, q_mask = queries
+    candidates = index._candidates(q, q_mask, 20, 80)
+    candidates[3, 5:] = candidates[4, 0] = -1
+    own = candidates >= 0
+    shared, paired = index._score_shared(q, q_mask, candidates), index._score_paired(q, q_mask, candidates)
+    torch.testing.assert_close(shared[own], paired[own], atol=1e-4, rtol=1e-5)
+
+
+def test_a_query_without_enough_near_passages_is_compared_with_all(tmp_path):
+    # Words 0 to 199 in all passages but seven: what looks for the others finds few lists, and still gets k passages.
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(0, 200, 5))) for _ in range(1493)] + ["399 398 397"] * 7
+    index = Index.build(WordVectors(), texts, tmp_path / "index")
+    q, q_mask = WordVectors().encode_queries(["399", "5 6 7 8"])
+    scores, positions = index.search(q, 40, q_mask)
+    exact_scores, _ = index.search(q, 40, q_mask, exact=True)
+    assert (positions >= 0).all() and set(positions[0, :7].tolist()) == set(range(1493, 1500))
+    torch.testing.assert_close(scores[0], exact_scores[0])
+
+
+def pack(key, gain):
+    return (key << retrieve.GAIN_BITS) + retrieve._gain_bits(gain)
+
+
+def test_partial_maxsim_takes_each_query_tokens_largest_similarity_and_adds_them(index):
+    N, Q = len(index), 2
+    key = torch.tensor([(b * N + passage) * Q + i for b, passage, i in
+                        [(0, 9, 0), (0, 9, 0), (0, 9, 1), (0, 4, 1), (1, 4, 0), (1, 5, 1), (1, 6, 1)]])
+    gain = torch.tensor([.25, .5, .25, 1.0, .125, .5, .25])
+    candidates = index._rank(pack(key, gain).sort().values, 3, Q, 4)
+    assert candidates.tolist() == [[4, 9, -1, -1], [5, 6, 4, -1], [-1] * 4]  # .5 + .25, not .25 + .5 + .25
+
+
+def test_packed_similarities_keep_key_order_and_five_digits():
+    gain = torch.rand(1000)
+    key = torch.randint(0, 1 << 38, (1000,))
+    unpacked_key, unpacked_gain = retrieve._unpack(pack(key, gain))
+    assert torch.equal(unpacked_key, key)
+    torch.testing.assert_close(unpacked_gain, gain, rtol=2e-5, atol=0)
+    one_key = pack(torch.zeros_like(key), gain)
+    assert (unpacked_gain[one_key.argsort()].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_builds_the_same_files(index, corpus, tmp_path, world):
+    barrier = threading.Barrier(world)
+    ranks = [threading.Thread(target=Index.build, args=(WordVectors(), corpus, tmp_path / "index"),
+                              kwargs=dict(rank=r, world=world, barrier=barrier.wait, student_digest="abc",
+                                          passage_ids=index.passage_ids)) for r in range(world)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    names = sorted(path.name for path in index.folder.iterdir())
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == names
+    assert all((tmp_path / "index" / name).read_bytes() == (index.folder / name).read_bytes() for name in names)
+
+
+def test_a_single_vector_student_keeps_its_norms_and_is_searched_by_dot_product(corpus, tmp_path):
+    student = WordVectors(dpr=True)
+    index = Index.build(student, corpus, tmp_path / "index")
+    q, q_mask = student.encode_queries(random_texts(97, 8, seed=2))
+    assert len(index.codes) == len(corpus) and q.shape[1] == 1
+    scores, positions = index.search(q, 20, q_mask)
+    exact_scores, exact_positions = index.search(q, 20, q_mask, exact=True)
+    assert overlap(positions, exact_positions) > .95
+    d, _ = student.encode_passages(corpus)
+    decoded = index._decode(torch.arange(len(d)))
+    assert (decoded - d).norm() < .3 * d.norm() and decoded.norm(dim=1).std() > .1
+    torch.testing.assert_close(exact_scores, (q[:, 0] @ decoded.T).topk(20).values)
+
+
+@pytest.mark.parametrize("n_passages", [1, 2, 5, 31])
+def test_more_passages_asked_for_than_there_are(n_passages, tmp_path, queries):
+    texts = random_texts(n_passages, 4, seed=3)
+    index = Index.build(WordVectors(), texts, tmp_path / "index")
+    scores, positions = index.search(queries[0], 40, queries[1])
+    assert (positions[:, n_passages:] == -1).all() and (scores[:, n_passages:] == -torch.inf).all()
+    assert (positions[:, :n_passages].sort(1).values == torch.arange(n_passages)).all()
+    # Where each token may have a codeword of its own, nothing is lost but float16's digits.
+    expected = truth(WordVectors(), texts, *queries, n_passages).values
+    torch.testing.assert_close(scores[:, :n_passages], expected, atol=.01, rtol=0)
+
+
+def test_a_passage_without_tokens_scores_zero_and_no_passages_are_an_error(tmp_path, queries):
+    texts = ["1 2 3", "ignored", "4 5", "ignored ignored"]
+    index = Index.build(WordVectors(), texts, tmp_path / "index")
+    scores, positions = index.search(queries[0], 4, queries[1])
+    assert (scores[(positions == 1) | (positions == 3)] == 0).all() and len(index) == 4
+    with pytest.raises(ValueError, match="there are no passages"):
+        Index.build(WordVectors(), [], tmp_path / "none")
+    with pytest.raises(ValueError, match="0 tokens"):
+        Index.build(WordVectors(), ["ignored"], tmp_path / "none")
+    with pytest.raises(ValueError, match="expected \\[B, Q, 32\\]"):
+        index.search(torch.zeros(1, 2, 31), 3)
+
+
+def test_queries_without_tokens_and_no_queries_at_all_get_results_of_the_right_shape(index):
+    scores, positions = index.search(torch.ones(2, 3, 32), 5, torch.zeros(2, 3, dtype=torch.bool))
+    assert (scores == 0).all() and (positions >= 0).all()
+    assert index.search(torch.zeros(0, 3, 32), 5)[1].shape == (0, 5)
+
+
+def test_a_build_that_dies_leaves_nothing_that_opens_and_the_next_one_succeeds(tmp_path):
+    texts = random_texts(2500, 4, seed=4)
+    for fail_after in (0, 1500, 2200):  # while sampling, and in the first and the second block
+        with pytest.raises(KeyboardInterrupt):
+            Index.build(WordVectors(fail_after=fail_after), texts, tmp_path / "index")
+        for folder in (tmp_path / "index", tmp_path / "index.tmp"):
+            with pytest.raises(ValueError, match="is not an index"):
+                Index.load(folder)
+    assert len(Index.build(WordVectors(), texts, tmp_path / "index")) == 2500
+    assert not (tmp_path / "index.tmp").exists()
+
+
+def edit_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "codes").write_bytes((f / "codes").read_bytes()[:-1]), "damaged index: codes has"),
+    (lambda f: (f / "order").unlink(), "damaged index: order has 0 bytes, expected"),
+    (lambda f: (f / "manifest.json").write_text("{"), "not an index"),
+    (lambda f: (f / "manifest.json").unlink(), "not an index"),
+    (lambda f: edit_manifest(f, format=0), "format 0, expected 1"),
+    (lambda f: edit_manifest(f, shapes={}), "damaged index: its manifest"),
+    (lambda f: edit_manifest(f, student="xyz"), "index of student xyz, expected abc"),
+])
+def test_damaged_and_foreign_folders_are_refused_in_one_sentence(index, tmp_path, damage, message):
+    folder = tmp_path / "index"
+    shutil.copytree(index.folder, folder)
+    assert len(Index.load(folder, student_digest="abc")) == len(index)
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        Index.load(folder, student_digest="abc")
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+# The command line: a real student, however small, and a collection in a folder
+
+
+@pytest.fixture(scope="module")
+def searchable(tmp_path_factory):
+    from pairdistill import Student, scratch_encoder
+    root = tmp_path_factory.mktemp("searchable")
+    texts = {"join": "os.path.join joins two or more path components", "sort": "sorted returns a new sorted list",
+             "open": "open returns a file object", "sum": "sum adds the items of an iterable"}
+    scratch_encoder(root / "encoder", list(texts.values()), vocabulary=200, hidden=32, layers=1)
+    student = Student.from_pretrained(str(root / "encoder"), dim=16, query_expansion=False)
+    student.save_pretrained(root / "student")
+    (root / "data" / "qrels").mkdir(parents=True)
+    lines = [json.dumps(dict(_id=name, text=text)) + "\n" for name, text in texts.items()]
+    (root / "data" / "corpus.jsonl").write_text("".join(lines))
+    (root / "data" / "queries.jsonl").write_text('{"_id": "q1", "text": "joins two path components"}\n'
+                                                 '{"_id": "q2", "text": "adds the items"}\n')
+    (root / "data" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tjoin\t1\nq2\tsum\t1\n")
+    return root
+
+
+def command(root, *words):
+    return retrieve.main(["--student", str(root / "student"), "--data", str(root / "data"),
+                          "--index", str(root / "index"), *words])
+
+
+def test_the_command_line_answers_a_question_with_names_scores_and_text(searchable, capsys):
+    for _ in range(2):  # the second time the index is there already
+        assert command(searchable, "joins two path components", "-k", "2") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split()[0] == "1" and lines[0].split()[2] == "join" and "joins two or more path" in lines[1]
+        assert sum(line.split()[0] in ("1", "2") for line in lines) == 2
+
+
+def test_the_command_line_takes_a_runs_newest_student(searchable, tmp_path, capsys, monkeypatch):
+    command(searchable, "anything")
+    for number in (2, 10):
+        for part in ("student", "index"):
+            shutil.copytree(searchable / part, tmp_path / f"iter{number}" / part)
+    (tmp_path / "iter11" / "student").mkdir(parents=True)  # not finished
+    (tmp_path / "config.json").write_text(json.dumps(dict(data=str(searchable / "data"))))
+    shutil.rmtree(tmp_path / "iter2" / "student")
+    capsys.readouterr()
+    answers = iter(["adds the items", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    assert retrieve.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split()[:3:2] == ["1", "sum"]
+
+
+def test_the_command_line_writes_a_run_file_for_trec_eval(searchable, tmp_path):
+    queries = str(searchable / "data" / "queries.jsonl")
+    assert command(searchable, "--queries", queries, "--run", str(tmp_path / "out.trec")) == 0
+    rows = [line.split() for line in (tmp_path / "out.trec").read_text().splitlines()]
+    assert len(rows) == 8 and all(len(row) == 6 and row[1] == "Q0" for row in rows)
+    assert [(row[0], row[2]) for row in rows if row[3] == "1"] == [("q1", "join"), ("q2", "sum")]
+    assert [float(row[4]) for row in rows[:4]] == sorted((float(row[4]) for row in rows[:4]), reverse=True)
+
+
+def test_mistakes_on_the_command_line_are_one_sentence_and_exit_code_2(searchable, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"_id": "q1", "text": "a"}\n{"_id": "q2"}\n')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"data": "docs"}')
+    other = shutil.copytree(searchable / "data", tmp_path / "data")
+    (other / "corpus.jsonl").write_text('{"_id": "join", "text": "another corpus"}\n')
+    (other / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tjoin\t1\n")
+    command(searchable, "anything")
+    student, index = str(searchable / "student"), str(searchable / "index")
+    for words, message in [
+        ([str(tmp_path / "none"), "what"], "not a run's folder"),
+        ([str(tmp_path / "run"), "what"], "no finished iteration"),
+        (["--student", str(tmp_path / "none"), "--data", str(other), "--index", index, "what"], "cannot load"),
+        (["--student", student, "--data", str(tmp_path / "none"), "--index", index, "what"], str(tmp_path / "none")),
+        (["--student", student, "--data", str(other), "--index", index, "what"], "another collection"),
+        (["--student", student, "--data", str(searchable / "data"), "--index", index,
+          "--queries", str(tmp_path / "bad.jsonl"), "--run", str(tmp_path / "out")], "bad.jsonl, line 2: expected"),
+    ]:
+        capsys.readouterr()
+        assert retrieve.main(words) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert error[-1].startswith("retrieve.py: ") and message in error[-1]
+    assert not (tmp_path / "out").exists()
+    for words in ([], ["--student", student], ["run", "--queries", "file"], ["run", "what", "-k", "0"]):
+        with pytest.raises(SystemExit) as exit_:
+            retrieve.main(words)
+        assert exit_.value.code == 2
+
+
+# run.py -------------------------------------------------------------------------------------------------------------
+
+
+def beir_folder(folder: Path, n: int = 120, seed: int = 0) -> Path:
+    """Passages of random words; a query is three words of its passage. One query in four is held out, one unlabelled."""
+    draw = np.random.default_rng(seed)
+    words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("lan", "mor", "tix", "zup")]
+    passages = [draw.choice(words, 8, replace=False) for _ in range(n)]
+    (folder / "qrels").mkdir(parents=True)
+    lines = lambda rows: "".join(json.dumps(r) + "\n" for r in rows)
+    (folder / "corpus.jsonl").write_text(lines(dict(_id=f"d{k}", title=p[0], text=" ".join(p[1:])) for k, p in enumerate(passages)))
+    (folder / "queries.jsonl").write_text(lines(dict(_id=f"q{k}", text=" ".join(draw.choice(p, 3, replace=False)))
+                                                for k, p in enumerate(passages)))
+    for split, keep in (("train", lambda k: k % 4 > 1), ("test", lambda k: k % 4 == 0)):
+        rows = "".join(f"q{k}\td{k}\t1\n" for k in range(n) if keep(k))
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    return folder
+
+
+TINY = ["--base-steps", "30", "--base-batch", "16", "--teacher-steps", "20", "--steps", "20", "--batch", "8",
+        "--retrieve-k", "8", "--kept", "6", "--n-pairs", "4", "--rerank", "6", "--rerank-pairs", "3", "--iters", "1"]
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one sentence on stderr of a command that ends with exit code 2."""
+    try:
+        code = run.main(list(argv))
+    except SystemExit as e:  # argparse
+        code = e.code
+    assert code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path, capsys):
+    data_folder, out = beir_folder(tmp_path / "data"), tmp_path / "run"
+    command = ["--data", str(data_folder), "--out", str(out), *TINY]
+    assert run.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "120 passages, 90 training queries (60 labelled), 30 held-out queries" in printed
+    rows = json.loads((out / "metrics.json").read_text())
+    assert [(r["system"], r["iteration"]) for r in rows] == [("bm25", 0), ("student", 0), ("pointwise", 0), ("pairwise", 0), ("student", 1)]
+    assert all(0 <= r[m] <= 1 for r in rows for m in run.METRICS)
+    student = {r["iteration"]: r["MRR@10"] for r in rows if r["system"] == "student"}
+    assert student[0] > 0.3  # 120 passages at random: .02
+    pairs = np.load(out / "iter1" / "pairs.npz")
+    assert pairs["passages"].shape == (90, 6) and pairs["pairs"].shape == (90, 4, 2)
+    labelled = pairs["positive"] >= 0
+    assert labelled.sum() == 60
+    golds = pairs["passages"][labelled, pairs["positive"][labelled]]
+    assert (golds == np.array([int(k) for k in range(120) if k % 4 > 1])).all()  # the positive is always kept
+    assert (np.diff(pairs["teacher"][:, :5]) <= 0).all() and (pairs["pairs"][..., 1] - pairs["pairs"][..., 0] < 10).all()
+    assert (out / "report.png").stat().st_size > 20_000
+    weights = (out / "iter1" / "student" / "model.safetensors").read_bytes()
+
+    for part in ("iter1/student", "iter1/index"):  # as if it had been stopped before the end of training
+        shutil.rmtree(out / part)
+    (out / "iter1" / "metrics.json").unlink()
+    assert run.main(command) == 0
+    assert capsys.readouterr().out.count("done before") >= 8
+    assert (out / "iter1" / "student" / "model.safetensors").read_bytes() == weights
+    assert json.loads((out / "metrics.json").read_text()) == rows
+
+    import retrieve
+    assert not retrieve.main([str(out), json.loads((data_folder / "queries.jsonl").read_text().splitlines()[0])["text"]])
+    assert "d0" in capsys.readouterr().out
+
+    message = refused(capsys, *command, "--lr", "0.5")
+    assert "another configuration" in message and "lr (" in message
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
+    assert "docs" in refused(capsys, "--preset", "msmarko")
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda f: shutil.rmtree(f), "no such folder"),
+    (lambda f: (f / "corpus.jsonl").write_text('{"_id": "d0", "text": "x"}\nnot json\n'), "corpus.jsonl, line 2"),
+    (lambda f: (f / "corpus.jsonl").write_text('{"text": "x"}\n'), 'line 1: lacks "_id"'),
+    (lambda f: (f / "corpus.jsonl").write_text('{"_id": "d0", "text": "x"}\n' * 2), "line 2"),
+    (lambda f: (f / "corpus.jsonl").write_text('{"_id": "d0", "text": " "}\n'), "is empty"),
+    (lambda f: (f / "queries.jsonl").write_text('{"_id": "q0", "text": ""}\n'), "is empty"),
+    (lambda f: (f / "qrels" / "train.tsv").write_text("q2\td999\t1\n"), "unknown passage 'd999'"),
+    (lambda f: (f / "qrels" / "train.tsv").write_text("q999\td2\t1\n"), "unknown query 'q999'"),
+])
+def test_a_broken_collection_is_refused_with_its_place(tmp_path, capsys, change, says):
+    change(beir_folder(tmp_path / "data"))
+    assert says in refused(capsys, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *TINY)
+
+
+def test_no_training_queries_are_refused(tmp_path, capsys):
+    folder = beir_folder(tmp_path / "data")
+    (folder / "qrels" / "train.tsv").unlink()
+    kept = [line for line in (folder / "queries.jsonl").read_text().splitlines() if int(json.loads(line)["_id"][1:]) % 4 == 0]
+    (folder / "queries.jsonl").write_text("\n".join(kept))
+    assert "no training queries" in refused(capsys, "--data", str(folder), "--out", str(tmp_path / "run"), *TINY)
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_with_the_way_to_work_offline(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(capsys, "--data", str(beir_folder(tmp_path / "data")), "--out", str(tmp_path / "run"),
+                      "--student", "nobody/nothing", *TINY)
+    assert "nobody/nothing" in message and "no network" in message and len(message.splitlines()) == 1
+
+
+def test_more_gpus_than_there_are_is_refused_with_their_number(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "has 1 CUDA device" in refused(capsys, "--gpus", "2")
+
+
+@pytest.mark.parametrize("flags, says", [(["--kept", "200"], "--kept 200"), (["--pair-reduction", "max"], "mean or sum"),
+                                         (["--batch", "0"], "--batch 0"), (["--split", "dev"], "--split dev")])
+def test_a_flag_out_of_range_is_refused_by_name(tmp_path, capsys, flags, says):
+    assert says in refused(capsys, "--data", str(beir_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, *flags)
+
+
+def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, str(HERE / "run.py"), "--data", str(beir_folder(tmp_path / "data")), "--out",
+               str(tmp_path / "run"), "--gpus", "2", *TINY, "--base-steps", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    for line in process.stdout:
+        if line.startswith("iteration 0"):
+            break
+    time.sleep(5)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == 130 and "the same command goes on" in output and "Traceback" not in output
+    with pytest.raises(ProcessLookupError):  # no rank is left
+        os.killpg(process.pid, 0)
