@@ -251,7 +251,7 @@ def digest(folder: str | Path) -> str:
 
 
 def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 16000, hidden: int = 128,
-                    layers: int = 2, positions: int = 256, token_types: int = 48, rarity: bool = False,
+                    layers: int = 2, positions: int = 256, teacher: bool = False,
                     seed: int = 0) -> None:
     """A small BERT with random weights and a WordPiece vocabulary made from `texts`, as an ordinary folder.
 
@@ -265,19 +265,21 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
     words.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=special, show_progress=False)
     tokenizer = BertTokenizerFast(tokenizer_object=words._tokenizer, do_lower_case=True)
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers,
-                        num_attention_heads=hidden // 32, intermediate_size=4 * hidden, type_vocab_size=token_types,
+                        num_attention_heads=hidden // 32, intermediate_size=4 * hidden, type_vocab_size=80 if teacher else 2,
                         max_position_embeddings=positions, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(config, add_pooling_layer=False)
         shared = torch.randn(hidden)
     with torch.no_grad():
-        if rarity:
-            words = model.embeddings.word_embeddings.weight
+        model.embeddings.position_embeddings.weight *= 0.1
+        words, types = model.embeddings.word_embeddings.weight, model.embeddings.token_type_embeddings.weight
+        types[0] = 0
+        if teacher:
             rare = _rarity(tokenizer, texts)
             words.copy_(rare.sqrt() * words + (1 - rare).sqrt() * shared * config.initializer_range)
-        model.embeddings.position_embeddings.weight *= 0.1
-        model.embeddings.token_type_embeddings.weight[0] = 0
+            for first in (16, 48):  # Classifier._match_types' two scales: each begins as numbers on a line
+                types[first:first + 32] = torch.linspace(-1, 1, 32)[:, None] * torch.randn(hidden) * config.initializer_range
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -397,10 +399,10 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
           ranks: Ranks, desc: str, checkpoint_folder: Path | None = None) -> list[list[float]]:
     """Trains `student` in place on one iteration's examples; returns [total, L_CL, L_KD, L_pair] of every step.
 
-    queries: the text of each row. passages: the corpus. examples: the rows, as arrays:
+    queries: the text of each row. passages: the corpus. temperature divides the student's scores in every loss (the
+    authors' code has it, at 1), tau the pointwise teacher's. examples: the rows, as arrays:
         passages int [n, K], corpus positions          teacher float [n, K], pointwise scores of them
         pairs int [n, P, 2], positions in the row      pair_probs float [n, P], P(d_i > d_j | q)
-    temperature divides the student's scores in every loss (the authors' code has it, at 1), tau the teacher's.
         positive int [n], position of the labelled passage in the row, -1 where there is none
     """
     batches = Batches(len(queries), batch, seed)

@@ -148,7 +148,9 @@ def launch(n: int, argv: list[str]) -> int:
     import logging
     import uuid
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own sentence is below
-    os.environ["PAIRDISTILL_LAUNCHED"] = "1"
+    # Batches of ever other shapes leave glibc's heap full of holes; large tensors go back to the system instead.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=str(uuid.uuid4()), rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
     try:

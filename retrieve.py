@@ -60,6 +60,7 @@ CODED = 4  # dimensions in a byte of code; four float32s are also 16 bytes, whic
 GAIN_BITS = 24  # of the 64 in which a similarity is packed behind its query, passage and query token
 PROBES, VISITS = 8, 128  # lists that a query token visits, and that a query visits, at least
 QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
+SMALL = 1 << 19  # tokens of a corpus that is compared whole: its lists would save little time, and lose passages
 DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which stay in a cache
 DTYPES = {"codes": np.uint8, "lists": np.uint16, "order": np.int32, "list_starts": np.int64, "offsets": np.int64,
           "centroids": np.float32, "codewords": np.float32}  # one raw file each; the manifest has their shapes
@@ -181,7 +182,7 @@ class Index:
         C = 3 * k + 20 if k < 150 else k + 320  # the deeper, the less it matters who comes last
         for start in range(0, len(q), QUERIES):
             rows = slice(start, start + QUERIES)
-            if exact or 2 * C > len(self):
+            if exact or 2 * C > len(self) or len(self.lists) < SMALL:
                 best = self._search_all(q[rows], q_mask[rows], k)
             else:
                 best = self._search_lists(q[rows], q_mask[rows], k, C)
@@ -191,14 +192,36 @@ class Index:
     def _search_all(self, q: Tensor, q_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The best k by MaxSim with every passage, decoded as a stream."""
         scores, positions = q.new_zeros(len(q), 0), torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
+        score = maxsim if q.is_cuda else self._maxsim_by_place
         for first, last in _runs(self.offsets, 8 * DECODED):
             offsets = self.offsets[first:last + 1]
             d_TE = self._decode(torch.arange(int(offsets[0]), int(offsets[-1]), device=q.device))
-            scores = torch.cat([scores, maxsim(q, d_TE, (offsets - offsets[0]).int(), q_mask)], 1)
+            scores = torch.cat([scores, score(q, d_TE, (offsets - offsets[0]).int(), q_mask)], 1)
             numbers = torch.arange(first, last, device=q.device).expand(len(q), -1)
             scores, top = scores.topk(min(k, scores.shape[1]))
             positions = torch.cat([positions, numbers], 1).gather(1, top)
         return scores, positions
+
+    @staticmethod
+    def _maxsim_by_place(q: Tensor, d_TE: Tensor, offsets: Tensor, q_mask: Tensor) -> Tensor:
+        """maxsim for thousands of queries on a CPU: the first tokens of many passages at once, then the second ones, …
+
+        The maximum is then elementwise on a tile that stays in the cache: four times as fast as blocks of whole passages.
+        """
+        lengths, order = offsets.diff().long().sort(descending=True)
+        q_XE, b_X = q[q_mask], q_mask.nonzero()[:, 0]
+        out = q.new_zeros(len(q), len(lengths))
+        for x in torch.arange(len(b_X)).split(512):
+            for n in torch.arange(len(lengths)).split(512):
+                best_XN = torch.full((len(x), len(n)), -torch.inf)
+                starts, live = offsets[:-1].long()[order[n]], lengths[n]
+                for place in range(int(live[0])):
+                    still = int((live > place).sum())  # a prefix: the longest passages come first
+                    best_XN[:, :still] = torch.maximum(best_XN[:, :still], q_XE[x] @ d_TE[starts[:still] + place].T)
+                best_XN[:, int((live > 0).sum()):] = 0  # an empty passage scores 0
+                part = q.new_zeros(len(q), len(n)).index_add_(0, b_X[x], best_XN)
+                out[:, order[n]] += part
+        return out
 
     def _search_lists(self, q: Tensor, q_mask: Tensor, k: int, C: int) -> tuple[Tensor, Tensor]:
         candidates_BC = torch.cat([self._candidates(q[b:b + QUERIES_LISTED], q_mask[b:b + QUERIES_LISTED], k, C)

@@ -77,11 +77,12 @@ class Config:
 GROUPS = {"data": "the run", "student": "the student", "base_steps": "iteration 0", "pointwise": "the teachers",
           "retrieve_k": "passages and pairs", "steps": "training", "eval_k": "evaluation"}
 
-SMALL = dict(kept=16, n_pairs=12, eval_k=100, rerank=20, rerank_pairs=6)
+SMALL = dict(kept=12, n_pairs=8, eval_k=100, rerank=50, rerank_pairs=5)
 PRESETS = {
     "docs": dict(data="docs", student="scratch", pointwise="scratch", pairwise="scratch", query_length=24,
-                 passage_length=64, expansion=False, base_steps=100, teacher_length=64, teacher_steps=200, retrieve_k=24,
-                 train_queries=2400, steps=150, batch=16, lr=1e-3, warmup=15, **SMALL),
+                 passage_length=48, expansion=False, base_steps=30, teacher_length=48, teacher_steps=120,
+                 teacher_lr=5e-4, retrieve_k=20, train_queries=1600, steps=60, batch=16, lr=7e-4, warmup=10,
+                 temperature=0.125, **SMALL),
     "scifact": dict(data="ir_datasets:beir/scifact", student="sentence-transformers/all-MiniLM-L6-v2",
                     pairwise="castorini/duot5-base-msmarco", markers=False, expansion=False, query_length=64,
                     retrieve_k=50, steps=200, batch=16, lr=2e-5, warmup=20, **SMALL),
@@ -222,42 +223,55 @@ def load_student(run: Run, folder: str | Path):
 
 def save_student(run: Run, student, folder: Path) -> None:
     if run.ranks.first:
-        beside = folder.with_name("writing.student")
-        student.save_pretrained(beside)
-        os.replace(beside, folder)
+        student.save_pretrained(folder / "writing.student")
+        os.replace(folder / "writing.student", folder / "student")
 
 
 def iteration_zero(run: Run, folder: Path) -> None:
     """The student before the first iteration: loaded, or built from random weights, and where it cannot retrieve yet
-    trained by L_CL alone on the labelled passages of the other queries in the batch."""
-    from pairdistill import train
-    c, name = run.config, run.config.student
-    if name == "scratch":
-        name = scratch(run, "student")
-    student = load_student(run, name)
+    trained by L_CL alone."""
+    c = run.config
+    student = load_student(run, scratch(run, "student") if c.student == "scratch" else c.student)
     if c.base_steps:
-        qids = [q for q in run.train_ids if run.positives[q]]
-        if not qids:
-            raise ValueError("--base-steps: iteration 0 trains on labels, and no training query has one")
-        n = len(qids)
-        examples = dict(passages=np.array([[run.positives[q][0]] for q in qids]), teacher=np.zeros((n, 1), np.float32),
-                        pairs=np.full((n, 0, 2), -1), pair_probs=np.zeros((n, 0), np.float32), positive=np.zeros(n, np.int64))
-        history = train(student, run.text(qids), run.data.passages, examples, steps=c.base_steps, batch=c.base_batch,
-                        lr=c.base_lr, warmup=c.base_steps // 10, temperature=c.temperature, tau=1.0, lambda_kd=0.0, lambda_pair=0.0,
-                        pair_reduction="mean", seed=c.seed, ranks=run.ranks, desc="  iteration 0",
-                        checkpoint_folder=folder / "checkpoint")
+        history = contrast(run, student, c.base_steps, c.base_lr, c.temperature, "  iteration 0", folder / "checkpoint")
         log_losses(run, 0, history)
-    save_student(run, student, folder / "student")
+    save_student(run, student, folder)
+
+
+def contrast(run: Run, student, steps: int, lr: float, temperature: float, desc: str, checkpoint: Path | None = None):
+    """L_CL alone, against the labelled passages of the other queries in the batch."""
+    from pairdistill import train
+    qids = [q for q in run.train_ids if run.positives[q]]
+    if not qids:
+        raise ValueError("training from scratch needs labels, and no training query has one: name pretrained models")
+    n = len(qids)
+    examples = dict(passages=np.array([[run.positives[q][0]] for q in qids]), teacher=np.zeros((n, 1), np.float32),
+                    pairs=np.full((n, 0, 2), -1), pair_probs=np.zeros((n, 0), np.float32), positive=np.zeros(n, np.int64))
+    return train(student, run.text(qids), run.data.passages, examples, steps=steps, batch=run.config.base_batch, lr=lr,
+                 warmup=steps // 10, temperature=temperature, tau=1.0, lambda_kd=0.0, lambda_pair=0.0,
+                 pair_reduction="mean", seed=run.config.seed, ranks=run.ranks, desc=desc, checkpoint_folder=checkpoint)
 
 
 def scratch(run: Run, role: str) -> str:
-    """A random encoder with a vocabulary of this collection. A teacher's knows from the start which words are rare."""
-    from pairdistill import scratch_encoder
-    folder = run.out / "scratch" / role
-    if run.ranks.first and not (folder / "config.json").exists():
-        train_queries = [run.data.queries[q] for q in run.train_ids]
-        scratch_encoder(folder, [*run.data.passages, *train_queries], rarity=role == "teacher", seed=run.config.seed)
-    run.ranks.barrier()
+    """A random encoder with a vocabulary of this collection, as a folder; a teacher's is then trained to retrieve, which
+    teaches it which words are close faster than a cross-encoder learns it."""
+    from pairdistill import Student, scratch_encoder
+    c, folder = run.config, run.out / "scratch" / role
+    if not (folder / "config.json").exists():
+        run.ranks.barrier()  # without it a rank could see what rank 0 has made meanwhile
+        raw = folder.with_name(role + ".random")
+        if run.ranks.first:
+            scratch_encoder(raw, [*run.data.passages, *run.text(run.train_ids)], teacher=role == "teacher", seed=c.seed)
+        run.ranks.barrier()
+        if role == "teacher":
+            retriever = Student.from_pretrained(str(raw), query_length=c.query_length, passage_length=c.teacher_length,
+                                                query_expansion=False, seed=c.seed).to(run.ranks.device)
+            contrast(run, retriever, c.teacher_steps, c.teacher_lr, 1 / 8, "  teachers' encoder")
+            if run.ranks.first:
+                retriever.encoder.save_pretrained(raw)
+        if run.ranks.first:
+            os.replace(raw, folder)
+        run.ranks.barrier()
     return str(folder)
 
 
@@ -392,37 +406,37 @@ def distill(run: Run, iteration: int, previous: Path, folder: Path) -> None:
                     lambda_pair=c.lambda_pair, pair_reduction=c.pair_reduction, seed=c.seed + iteration, ranks=run.ranks,
                     desc="  train", checkpoint_folder=folder / "checkpoint")
     log_losses(run, iteration, history)
-    save_student(run, student, folder / "student")
+    save_student(run, student, folder)
 
 
 def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     """A scratch teacher learns from the labels, against passages that the student of iteration 0 finds (section 4.1)."""
     import teachers
-    c, mined = run.config, np.load(iteration_0 / "mined.npz")["positions"]
-    passages = run.data.passages
-    qids = [q for q in run.train_ids if run.positives[q]]
+    c, mined = run.config, np.load(iteration_0 / "mined.npz")
+    passages, qids = run.data.passages, [run.train_ids[q] for q in mined["queries"]]
     # A passage that answers no training query is only ever wrong: a teacher would learn the passage, not the question.
     answers = {p for q in qids for p in run.positives[q]}
     groups = [(run.data.queries[q], passages[run.positives[q][0]],
-               [passages[p] for p in row if p in answers and p not in run.positives[q]]) for q, row in zip(qids, mined)]
+               [passages[p] for p in row if p in answers and p not in run.positives[q]]) for q, row in zip(qids, mined["positions"])]
     groups = [g for g in groups if g[2]]
     common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length,
                   passage_length=c.teacher_length)
-    encoder, folder = scratch(run, "teacher"), run.out / "teachers" / role
+    folder, twin = run.out / "teachers" / role, run.out / "teachers" / "pointwise"
     if role == "pointwise":
-        history = teachers.train_pointwise(encoder, groups, folder, batch=24, negatives=3, **common)
-    else:
-        history = teachers.train_pairwise(run.out / "teachers" / "pointwise" if run.config.pointwise == "scratch" else encoder,
-                                          groups, folder, batch=64, **common)
+        history = teachers.train_pointwise(scratch(run, "teacher"), groups, folder, batch=32, negatives=2, **common)
+    else:  # what the pointwise teacher learned is a better start than none
+        start = twin if c.pointwise == "scratch" else scratch(run, "teacher")
+        history = teachers.train_pairwise(start, groups, folder, batch=64, **common)
     for step, (loss, accuracy) in enumerate(history):
         run.note(teacher=role, step=step, loss=loss, accuracy=accuracy)
 
 
 def mine(run: Run, iteration_0: Path) -> None:
-    qids = [q for q in run.train_ids if run.positives[q]]
-    if not qids:
-        raise ValueError("a scratch teacher learns from labels, and no training query has one: name a pretrained teacher")
-    run.save(iteration_0 / "mined.npz", dict(positions=search(run, iteration_0, run.text(qids), run.config.retrieve_k)[1]))
+    """What the student of iteration 0 finds for labelled queries, as many as a teacher's training sees."""
+    queries = np.array([n for n, q in enumerate(run.train_ids) if run.positives[q]])
+    queries = np.random.default_rng(run.config.seed).permutation(queries)[:20 * run.config.teacher_steps]
+    found = search(run, iteration_0, run.text([run.train_ids[q] for q in queries]), run.config.retrieve_k)[1]
+    run.save(iteration_0 / "mined.npz", dict(queries=queries, positions=found))
 
 
 def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path) -> None:

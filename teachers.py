@@ -89,19 +89,24 @@ class Classifier(nn.Module):
 
     def _match_types(self, ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         """Token types [n, L]: 0-3 the query's tokens by the passages they stand in (bit 0 the first, bit 1 the second);
-        4 and 5 the first passage's, unmatched and matched, 8 and 9 the second's; and for [CLS], 16-31 the share of the
-        query found in the passage, or 32-47 the first passage's share against the second's."""
+        4 and 5 the first passage's, unmatched and matched, 8 and 9 the second's; and for [CLS], on a scale of 32, how much
+        of the query the passage holds (16-47), or how much more of it the first passage holds than the second (48-79)."""
         word = ids > max(self.tokenizer.all_special_ids)  # special tokens match nothing
         same = (ids[:, :, None] == ids[:, None, :]) & word[:, None, :]
         in_segment = [(same & (segments == s)[:, None, :]).any(-1) & word for s in range(3)]
         query = in_segment[1].long() + 2 * in_segment[2].long()
         types = torch.where(segments == 0, query, 4 * segments.clamp(min=0) + in_segment[0].long())
-        # A WordPiece vocabulary is ordered by frequency: the logarithm of the number stands in for the rarity of a word.
+        # How much: the mean over the query's words of the closest word of the passage, by the model's own word vectors.
+        # A WordPiece vocabulary is ordered by frequency: the logarithm of a word's number weights it by its rarity.
+        vectors = F.normalize(self.model.get_input_embeddings().weight.detach()[ids], dim=-1)
+        similarity = vectors @ vectors.transpose(1, 2)
         weight = ids.float().log1p() * (word & (segments == 0))
-        share = [(weight * found).sum(1) / weight.sum(1).clamp(min=1) for found in in_segment[1:]]
-        pairwise = (segments == 2).any(1)
-        types[:, 0] = torch.where(pairwise, 32 + (7.5 * (1 + share[0] - share[1])).round().long(),
-                                  16 + (15 * share[0]).round().long())
+        holds = []
+        for s in (1, 2):
+            closest = similarity.masked_fill(~(word & (segments == s))[:, None, :], 0).amax(-1)
+            holds.append((weight * closest).sum(1) / weight.sum(1).clamp(min=1))
+        scale = torch.where((segments == 2).any(1), (0.5 + holds[0] - holds[1]) * 31 + 32, holds[0] * 31)
+        types[:, 0] = 16 + torch.where((segments == 2).any(1), scale.clamp(32, 63), scale.clamp(0, 31)).round().long()
         return types
 
 
@@ -355,7 +360,7 @@ def _new_classifier(encoder: str | Path, device: torch.device, seed: int, query_
     """Any encoder with a new head of one output; matches are marked where it has token types for it."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     config = AutoConfig.from_pretrained(encoder, num_labels=1)
-    config.match_types = getattr(config, "type_vocab_size", 0) >= 48
+    config.match_types = getattr(config, "type_vocab_size", 0) >= 80
     config.query_length, config.passage_length = query_length, passage_length
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
