@@ -901,7 +901,7 @@ def train_a_little(encoder, examples, ranks=Ranks(), steps=6, **settings):
 
 def test_training_lowers_the_loss_and_two_runs_give_the_same_bits(encoder):
     (a, terms), (b, again) = (train_a_little(encoder, examples_of(), steps=30) for _ in range(2))
-    assert np.mean([t[0] for t in terms[-5:]]) < 0.5 * np.mean([t[0] for t in terms[:5]])
+    assert np.mean([t[0] for t in terms[-5:]]) < 0.75 * np.mean([t[0] for t in terms[:5]])
     assert terms == again and all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
@@ -959,11 +959,13 @@ def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encod
 
 
 @pytest.fixture(scope="module")
-def trained_teachers(encoder, tmp_path_factory) -> tuple[str, str]:
+def trained_teachers(tmp_path_factory) -> tuple[str, str]:
     """Both roles, trained to prefer the passage that holds the query's word."""
-    folder, words = tmp_path_factory.mktemp("teachers"), "cat dogs bird fish fox feather".split()
+    folder, words = tmp_path_factory.mktemp("teachers"), "cat dogs sings fish fox feather".split()
+    encoder = folder / "encoder"
+    scratch_encoder(encoder, TEXTS, vocabulary=200, hidden=32, layers=1, positions=64, teacher=True)
     groups = [(w, t, [x for x in TEXTS[:6] if x != t]) for w, t in zip(words, TEXTS[:6])]
-    common = dict(steps=60, batch=6, lr=3e-3, query_length=8, passage_length=20)
+    common = dict(steps=100, batch=6, lr=5e-3, query_length=8, passage_length=20)
     point = teachers.train_pointwise(encoder, groups, folder / "point", negatives=3, **common)
     pair = teachers.train_pairwise(encoder, groups, folder / "pair", **{**common, "steps": 150})
     assert np.mean([a for _, a in point[-10:]]) > 0.9 and np.mean([a for _, a in pair[-20:]]) > 0.8
@@ -1000,10 +1002,11 @@ def test_match_types_mark_the_words_that_stand_on_both_sides(encoder):
     reader = teachers._new_classifier(encoder, torch.device("cpu"), 0, 8, 20)
     (ids, segments), = reader.sequences([("cat bird", "the cat sat", "a bird sings")])
     types = reader._match_types(torch.tensor([ids]), torch.tensor([segments]))[0].tolist()
+    assert 56 <= types[0] <= 71  # each passage holds one of the two words: [CLS] stands near the middle of 48-79
     words = reader.tokenizer.convert_ids_to_tokens(ids)
     of = {(w, s): t for w, s, t in zip(words, segments, types)}
     assert of["cat", 0] == 1 and of["bird", 0] == 2 and of["cat", 1] == 5 and of["bird", 2] == 9
-    assert of["[CLS]", 0] == 0 and of["[SEP]", 1] == 4 and of["[SEP]", 2] == 8
+    assert of["[SEP]", 0] == 0 and of["[SEP]", 1] == 4 and of["[SEP]", 2] == 8
 
 
 def test_a_score_is_asked_once(trained_teachers, tmp_path, monkeypatch):
@@ -1028,9 +1031,9 @@ def test_a_t5_teacher_reads_true_minus_false_of_one_decoder_step(tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
     (tmp_path / "text").write_text("\n".join(TEXTS * 5 + ["Query Document Document0 Document1 Relevant true false : 0 1"] * 9))
     sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"),
-                                             vocab_size=110, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+                                             vocab_size=110, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
                                              user_defined_symbols=["▁true", "▁false"], minloglevel=2)
-    tokenizer = T5Tokenizer(str(tmp_path / "spiece.model"), extra_ids=0)
+    tokenizer = T5Tokenizer.from_pretrained(tmp_path)
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=64, num_layers=1, num_heads=2,
                                                 d_kv=16, decoder_start_token_id=0)).eval()
@@ -1112,6 +1115,7 @@ def truth(student, texts, q, q_mask, k):
 
 def test_search_finds_the_passages_of_exact_search(index, corpus, queries, monkeypatch):
     _, exact_positions = index.search(queries[0], 20, queries[1], exact=True)
+    monkeypatch.setattr(retrieve, "SMALL", 0)
     monkeypatch.setattr(index, "_search_all", None)  # by the lists alone
     scores, positions = index.search(queries[0], 20, queries[1])
     assert scores.dtype == torch.float32 and positions.dtype == torch.int64 and positions.shape == (97, 20)
@@ -1383,7 +1387,7 @@ def test_mistakes_on_the_command_line_are_one_sentence_and_exit_code_2(searchabl
 # run.py -------------------------------------------------------------------------------------------------------------
 
 
-def beir_folder(folder: Path, n: int = 120, seed: int = 0) -> Path:
+def random_words_folder(folder: Path, n: int = 120, seed: int = 0) -> Path:
     """Passages of random words; a query is three words of its passage. One query in four is held out, one unlabelled."""
     draw = np.random.default_rng(seed)
     words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("lan", "mor", "tix", "zup")]
@@ -1416,7 +1420,7 @@ def refused(capsys, *argv: str) -> str:
 
 
 def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path, capsys):
-    data_folder, out = beir_folder(tmp_path / "data"), tmp_path / "run"
+    data_folder, out = random_words_folder(tmp_path / "data"), tmp_path / "run"
     command = ["--data", str(data_folder), "--out", str(out), *TINY]
     assert run.main(command) == 0
     printed = capsys.readouterr().out
@@ -1467,12 +1471,12 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
     (lambda f: (f / "qrels" / "train.tsv").write_text("q999\td2\t1\n"), "unknown query 'q999'"),
 ])
 def test_a_broken_collection_is_refused_with_its_place(tmp_path, capsys, change, says):
-    change(beir_folder(tmp_path / "data"))
+    change(random_words_folder(tmp_path / "data"))
     assert says in refused(capsys, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *TINY)
 
 
 def test_no_training_queries_are_refused(tmp_path, capsys):
-    folder = beir_folder(tmp_path / "data")
+    folder = random_words_folder(tmp_path / "data")
     (folder / "qrels" / "train.tsv").unlink()
     kept = [line for line in (folder / "queries.jsonl").read_text().splitlines() if int(json.loads(line)["_id"][1:]) % 4 == 0]
     (folder / "queries.jsonl").write_text("\n".join(kept))
@@ -1481,7 +1485,7 @@ def test_no_training_queries_are_refused(tmp_path, capsys):
 
 def test_a_model_that_cannot_be_loaded_is_refused_with_the_way_to_work_offline(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = refused(capsys, "--data", str(beir_folder(tmp_path / "data")), "--out", str(tmp_path / "run"),
+    message = refused(capsys, "--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"),
                       "--student", "nobody/nothing", *TINY)
     assert "nobody/nothing" in message and "no network" in message and len(message.splitlines()) == 1
 
@@ -1494,11 +1498,11 @@ def test_more_gpus_than_there_are_is_refused_with_their_number(capsys, monkeypat
 @pytest.mark.parametrize("flags, says", [(["--kept", "200"], "--kept 200"), (["--pair-reduction", "max"], "mean or sum"),
                                          (["--batch", "0"], "--batch 0"), (["--split", "dev"], "--split dev")])
 def test_a_flag_out_of_range_is_refused_by_name(tmp_path, capsys, flags, says):
-    assert says in refused(capsys, "--data", str(beir_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, *flags)
+    assert says in refused(capsys, "--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, *flags)
 
 
 def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, str(HERE / "run.py"), "--data", str(beir_folder(tmp_path / "data")), "--out",
+    command = [sys.executable, str(HERE / "run.py"), "--data", str(random_words_folder(tmp_path / "data")), "--out",
                str(tmp_path / "run"), "--gpus", "2", *TINY, "--base-steps", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
