@@ -77,11 +77,11 @@ class Config:
 GROUPS = {"data": "the run", "student": "the student", "base_steps": "iteration 0", "pointwise": "the teachers",
           "retrieve_k": "passages and pairs", "steps": "training", "eval_k": "evaluation"}
 
-SMALL = dict(kept=12, n_pairs=8, eval_k=100, rerank=50, rerank_pairs=5)
+SMALL = dict(kept=12, n_pairs=8, eval_k=100, rerank=40, rerank_pairs=4)
 PRESETS = {
     "docs": dict(data="docs", student="scratch", pointwise="scratch", pairwise="scratch", query_length=24,
-                 passage_length=48, expansion=False, base_steps=30, teacher_length=48, teacher_steps=120,
-                 teacher_lr=5e-4, retrieve_k=20, train_queries=1600, steps=60, batch=16, lr=7e-4, warmup=10,
+                 passage_length=48, expansion=False, base_steps=30, teacher_length=64, teacher_steps=100,
+                 teacher_lr=5e-4, retrieve_k=20, train_queries=768, steps=48, batch=16, lr=6e-4, warmup=8,
                  temperature=0.125, **SMALL),
     "scifact": dict(data="ir_datasets:beir/scifact", student="sentence-transformers/all-MiniLM-L6-v2",
                     pairwise="castorini/duot5-base-msmarco", markers=False, expansion=False, query_length=64,
@@ -535,14 +535,18 @@ def iterate(config: Config, preset: str, ranks) -> None:
 
 # The report ---------------------------------------------------------------------------------------------------------
 
+def title_of(row: dict) -> str:
+    if row["system"] == "bm25":
+        return "BM25"
+    return f"student {row['iteration']}" if row["system"] == "student" else f"{row['system']} teacher on student {row['iteration']}"
+
+
 def finish(run: Run) -> None:
     rows = json.loads((run.out / "metrics.json").read_text())
     names = [m for m in METRICS if m in rows[0]]
-    titles = {"bm25": "BM25", "student": "student", "pointwise": "pointwise teacher on", "pairwise": "pairwise teacher on"}
     print(f"\n{len(run.eval_ids):,} held-out queries{'':<18}" + "".join(f"{m:>11}" for m in names))
     for r in sorted(rows, key=lambda r: (r["system"] != "bm25", r["iteration"], r["system"] != "student", r["system"] != "pointwise")):
-        title = titles[r["system"]] + ("" if r["system"] == "bm25" else " student" * (r["system"] != "student") + f" {r['iteration']}")
-        print(f"  {title:<40}" + "".join(f"{r[m]:>11.3f}" for m in names))
+        print(f"  {title_of(r):<40}" + "".join(f"{r[m]:>11.3f}" for m in names))
     picture(run, rows)
     print(f"\n{run.out}/report.png has the picture; the best student is {run.out}/iter{run.config.iters}/student")
     print(f"search with it: python retrieve.py {run.out} \"how do I join two paths\"   ({time.time() - run.started:.0f} s in all)")

@@ -212,7 +212,7 @@ def _load(spec: str, role: str, device: torch.device) -> nn.Module:
 class Teacher:
     """Logits of sequences, each computed once: batches of similar length, and a cache that outlives the process."""
 
-    def __init__(self, reader: nn.Module, identity: str, cache: "Cache | None" = None, batch_tokens: int = 16384,
+    def __init__(self, reader: nn.Module, identity: str, cache: "Cache | None" = None, batch_tokens: int = 8192,
                  desc: str | None = None):
         self.reader, self.identity, self.cache, self.batch_tokens, self.desc = reader, identity, cache, batch_tokens, desc
 

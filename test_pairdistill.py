@@ -1515,3 +1515,14 @@ def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "the same command goes on" in output and "Traceback" not in output
     with pytest.raises(ProcessLookupError):  # no rank is left
         os.killpg(process.pid, 0)
+
+
+# README.md ----------------------------------------------------------------------------------------------------------
+
+def test_the_readmes_table_is_what_results_hold():
+    rows = json.loads((HERE / "results" / "docs" / "metrics.json").read_text())
+    table = [line for line in (HERE / "README.md").read_text().splitlines() if line.startswith("| ") and line.count("|") == 6]
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in table]
+    figures = {name: [float(x) for x in row] for name, *row in cells if row[0].startswith("0.")}
+    expected = {run.title_of(r): [round(r[m], 3) for m in ("MRR@10", "nDCG@10", "R@5", "R@100")] for r in rows}
+    assert figures == expected
