@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import string
-import time
 from pathlib import Path
 
 import numpy as np

@@ -292,9 +292,9 @@ def search(run: Run, folder: Path, texts: list[str], k: int) -> tuple[np.ndarray
     """Each rank searches its share of the queries -> scores float32 [n, k], positions int64 [n, k] on every rank."""
     import torch
     from retrieve import Index
+    from tqdm import tqdm
     student, share = load_student(run, folder / "student"), run.ranks.share(len(texts))
     index, k = Index.load(folder / "index", run.ranks.device), min(k, len(run.data.passages))
-    from tqdm import tqdm
     parts = [(torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))]
     bar = tqdm(range(share.start, share.stop, 512), desc="  search", disable=not run.ranks.first, leave=False, mininterval=1.0)
     with torch.inference_mode():

@@ -20,7 +20,6 @@ tokens of the query stand in which passage and the reverse (the idea of MarkedBE
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np

@@ -30,9 +30,8 @@ import maxsim_kernel
 import retrieve
 import run
 import teachers
-from maxsim_kernel import maxsim
 from maxsim_kernel import maxsim, maxsim_paired, pairdistill_loss, pairdistill_objective
-from pairdistill import Batches, Student, fit, sample_pairs, scratch_encoder, train
+from pairdistill import Batches, Student, sample_pairs, scratch_encoder, train
 from ranks import Ranks
 from retrieve import Index
 
