@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import string
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,9 @@ from tqdm import tqdm
 from maxsim_kernel import pairdistill_objective
 from ranks import Ranks, gather_passages, sum_gradients
 
+MARKS, LEVELS = 16, 128  # token types of a teacher's marks, and of each of its two scales
+# On a CPU torch's fused attention spends more on its backward pass than all else in a step of short texts costs.
+ATTENTION = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
 METADATA, OURS = "artifact.metadata", "pairdistill.json"  # ColBERT's settings file, and ours for what it has no word for
 
 
@@ -98,8 +102,8 @@ class Student(nn.Module):
         if files[OURS]:
             settings.update(json.loads(files[OURS].read_text()))
         try:
-            encoder = AutoModel.from_pretrained(name_or_path, **({"add_pooling_layer": False}
-                                                                 if _has_pooler(name_or_path) else {}))
+            pooler = {"add_pooling_layer": False} if _has_pooler(name_or_path) else {}
+            encoder = AutoModel.from_pretrained(name_or_path, **pooler, **ATTENTION)
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError, ImportError) as e:
             raise ValueError(cannot_load(name_or_path, e)) from e
@@ -257,15 +261,12 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
     Where no pretrained model is at hand. Small initial weights leave the residual stream nearly alone and small position
     vectors leave a token recognisable wherever it stands: before its first step such an encoder matches words.
     """
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizerFast
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "[unused1]"]
-    words = BertWordPieceTokenizer(lowercase=True)
-    words.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=special, show_progress=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=words._tokenizer, do_lower_case=True)
+    tokenizer = BertTokenizerFast(tokenizer_object=_wordpieces(texts, vocabulary)._tokenizer, do_lower_case=True)
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers,
-                        num_attention_heads=hidden // 32, intermediate_size=4 * hidden, type_vocab_size=80 if teacher else 2,
-                        max_position_embeddings=positions, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+                        num_attention_heads=hidden // 32, intermediate_size=4 * hidden, max_position_embeddings=positions,
+                        type_vocab_size=MARKS + 2 * LEVELS if teacher else 2,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(config, add_pooling_layer=False)
@@ -277,10 +278,24 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
         if teacher:
             rare = _rarity(tokenizer, texts)
             words.copy_(rare.sqrt() * words + (1 - rare).sqrt() * shared * config.initializer_range)
-            for first in (16, 48):  # Classifier._match_types' two scales: each begins as numbers on a line
-                types[first:first + 32] = torch.linspace(-1, 1, 32)[:, None] * torch.randn(hidden) * config.initializer_range
+            # Classifier._match_types' two scales begin as numbers on one line.
+            types[MARKS:] = torch.linspace(-1, 1, LEVELS)[:, None].repeat(2, 1) * torch.randn(hidden) * 0.02
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _wordpieces(texts: list[str], size: int):
+    """A lower-case WordPiece tokenizer, the same one each time, numbered from the token of most texts to that of fewest."""
+    from tokenizers import BertWordPieceTokenizer
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "[unused1]"]
+    words = BertWordPieceTokenizer(lowercase=True)
+    characters = sorted({c for text in texts for c in words.normalize(text)} - {" "})
+    # The library draws the order of inner characters and breaks ties by it: as special tokens they have one.
+    words.train_from_iterator(texts, vocab_size=size, min_frequency=2, show_progress=False,
+                              special_tokens=special + ["##" + c for c in characters])
+    found = Counter(token for row in words.encode_batch(texts, add_special_tokens=False) for token in set(row.tokens))
+    order = special + sorted(set(words.get_vocab()) - set(special), key=lambda token: (-found[token], token))
+    return BertWordPieceTokenizer({token: n for n, token in enumerate(order)}, lowercase=True)
 
 
 def _rarity(tokenizer, texts: list[str]) -> torch.Tensor:
@@ -322,7 +337,8 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
     over ranks is the batch's loss, so the sum of the ranks' gradients is its gradient.
     # OURS: weight decay is explicit: 0, as the authors' transformers.AdamW had it; torch's default is 0.01.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     history: list[list[float]] = []
     start = _resume(checkpoint_folder, model, optimizer, history, ranks)
     model.train()

@@ -43,6 +43,12 @@ class Ranks:
         if self.world > 1:
             self.gather(torch.zeros(1))
 
+    def close(self) -> None:
+        """All ranks end together: one whose group is still open can abort as it exits, and take the others with it."""
+        if self.world > 1:
+            self.barrier()
+            dist.destroy_process_group()
+
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place: without it every rank would step with the gradient of its own share."""
         if self.world > 1:
@@ -103,7 +109,16 @@ def sum_gradients(model: torch.nn.Module, terms: torch.Tensor, ranks: Ranks) -> 
     flat = ranks.sum_(torch.cat([g.reshape(-1).float() for g in gradients] + [terms.detach().float()]))
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters] + [len(terms)])):
         p.grad = part.view_as(p).to(p.dtype)
-    return flat[-len(terms):]
+    return flat[-len(terms):].clone()  # a view would keep all gradients of the step in memory
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in GB; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def init() -> Ranks:
@@ -148,9 +163,6 @@ def launch(n: int, argv: list[str]) -> int:
     import logging
     import uuid
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own sentence is below
-    # Batches of ever other shapes leave glibc's heap full of holes; large tensors go back to the system instead.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=str(uuid.uuid4()), rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
     try:

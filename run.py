@@ -50,6 +50,7 @@ class Config:
                             "MiniLM")
     pairwise: str = option("castorini/duot5-3b-msmarco", "Hub name or folder; scratch: trained on the labels", "duoT5-3B")
     orders: str = option("both", "ask a pair in both orders and average, or in one", "authors' code: one")
+    encoder_steps: int = option(100, "steps of training the scratch teachers' encoder to retrieve, by L_CL")
     teacher_steps: int = option(300, "steps of training each scratch teacher")
     teacher_lr: float = option(1e-3, "their learning rate")
     teacher_length: int = option(180, "tokens of a passage that a scratch teacher reads")
@@ -77,12 +78,12 @@ class Config:
 GROUPS = {"data": "the run", "student": "the student", "base_steps": "iteration 0", "pointwise": "the teachers",
           "retrieve_k": "passages and pairs", "steps": "training", "eval_k": "evaluation"}
 
-SMALL = dict(kept=12, n_pairs=8, eval_k=100, rerank=40, rerank_pairs=4)
+SMALL = dict(kept=12, n_pairs=8, eval_k=100, rerank=30, rerank_pairs=4)
 PRESETS = {
     "docs": dict(data="docs", student="scratch", pointwise="scratch", pairwise="scratch", query_length=24,
-                 passage_length=48, expansion=False, base_steps=30, teacher_length=64, teacher_steps=100,
-                 teacher_lr=5e-4, retrieve_k=20, train_queries=768, steps=48, batch=16, lr=6e-4, warmup=8,
-                 temperature=0.125, **SMALL),
+                 passage_length=48, expansion=False, base_steps=30, teacher_length=64, teacher_steps=60,
+                 teacher_lr=5e-4, retrieve_k=20, train_queries=640, steps=112, batch=16, chunk=128, lr=6e-4, warmup=8,
+                 temperature=0.125, tau=0.25, **SMALL),
     "scifact": dict(data="ir_datasets:beir/scifact", student="sentence-transformers/all-MiniLM-L6-v2",
                     pairwise="castorini/duot5-base-msmarco", markers=False, expansion=False, query_length=64,
                     retrieve_k=50, steps=200, batch=16, lr=2e-5, warmup=20, **SMALL),
@@ -188,12 +189,14 @@ class Run:
 
     def stage(self, iteration: int, name: str, path: Path, work, summary=lambda: ""):
         """Runs `work` unless `path` is there; all ranks wait for the end; one line says what happened."""
+        import torch
+        from ranks import peak_memory
         done, start = path.exists(), time.time()
         self.ranks.barrier()  # without it a rank could see the file of a stage that others have yet to enter
         if not done:
             work()
-            self.ranks.barrier()
-            self.note(stage=name, iteration=iteration, seconds=time.time() - start)
+            peaks = self.ranks.gather(torch.tensor([peak_memory()]))  # all ranks have ended when this returns
+            self.note(stage=name, iteration=iteration, seconds=time.time() - start, peak_gb=round(float(peaks.sum()), 3))
         self.ranks.say(f"  {name:<12} {summary():<86} " + ("done before" if done else f"{time.time() - start:6.1f} s"))
 
     def save(self, path: Path, content) -> None:
@@ -266,7 +269,7 @@ def scratch(run: Run, role: str) -> str:
         if role == "teacher":
             retriever = Student.from_pretrained(str(raw), query_length=c.query_length, passage_length=c.teacher_length,
                                                 query_expansion=False, seed=c.seed).to(run.ranks.device)
-            contrast(run, retriever, c.teacher_steps, c.teacher_lr, 1 / 8, "  teachers' encoder")
+            contrast(run, retriever, c.encoder_steps, c.teacher_lr, 1 / 8, "  teachers' encoder")
             if run.ranks.first:
                 retriever.encoder.save_pretrained(raw)
         if run.ranks.first:
@@ -431,10 +434,16 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
         run.note(teacher=role, step=step, loss=loss, accuracy=accuracy)
 
 
+def teacher_accuracy(run: Run, role: str) -> str:
+    log = [json.loads(line) for line in open(run.out / "log.jsonl")] if run.ranks.first else []
+    last = [r["accuracy"] for r in log if r.get("teacher") == role][-10:]
+    return f"{np.mean(last):.3f} of the last steps' training pairs in the right order" if last else ""
+
+
 def mine(run: Run, iteration_0: Path) -> None:
     """What the student of iteration 0 finds for labelled queries, as many as a teacher's training sees."""
     queries = np.array([n for n, q in enumerate(run.train_ids) if run.positives[q]])
-    queries = np.random.default_rng(run.config.seed).permutation(queries)[:20 * run.config.teacher_steps]
+    queries = np.random.default_rng(run.config.seed).permutation(queries)[:32 * run.config.teacher_steps]
     found = search(run, iteration_0, run.text([run.train_ids[q] for q in queries]), run.config.retrieve_k)[1]
     run.save(iteration_0 / "mined.npz", dict(queries=queries, positions=found))
 
@@ -496,14 +505,15 @@ def iterate(config: Config, preset: str, ranks) -> None:
     run.stage(0, "student", folders[0] / "student", lambda: iteration_zero(run, folders[0]))
     index_and_evaluate(0)
 
-    specs = {}
-    for role in ("pointwise", "pairwise"):
-        specs[role] = getattr(config, role)
-        if specs[role] == "scratch":
-            if role == "pointwise" or config.pointwise != "scratch":
-                run.stage(0, "mine", folders[0] / "mined.npz", lambda: mine(run, folders[0]))
-            run.stage(0, role, run.out / "teachers" / role / "model.safetensors", lambda: train_teacher(run, role, folders[0]))
+    specs = {role: getattr(config, role) for role in ("pointwise", "pairwise")}
+    if "scratch" in specs.values():
+        run.stage(0, "mine", folders[0] / "mined.npz", lambda: mine(run, folders[0]))
+        run.stage(0, "encoder", run.out / "scratch" / "teacher", lambda: scratch(run, "teacher"))
+    for role, spec in specs.items():
+        if spec == "scratch":
             specs[role] = str(run.out / "teachers" / role)
+            run.stage(0, "fit " + role, Path(specs[role]) / "model.safetensors", lambda: train_teacher(run, role, folders[0]),
+                      lambda: teacher_accuracy(run, role))
     cache = Cache(run.out / "teachers", ranks.rank)
     show = lambda name: f"  {name}" if ranks.first else None
     pointwise = load_pointwise(specs["pointwise"], device=ranks.device, cache=cache, desc=show("pointwise"))
@@ -628,6 +638,7 @@ def main(argv: list[str]) -> int:
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         iterate(config, preset, me)
+        me.close()
         return 0
     except ValueError as e:
         return ranks.refuse(e)

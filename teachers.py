@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from pairdistill import Batches, cannot_load, digest, fit, half
+from pairdistill import ATTENTION, LEVELS, MARKS, Batches, cannot_load, digest, fit, half
 from ranks import Ranks
 
 TEMPLATES = {  # (role, family): prompt, the answer that speaks for the (first) passage, the other one
@@ -88,15 +88,15 @@ class Classifier(nn.Module):
 
     def _match_types(self, ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         """Token types [n, L]: 0-3 the query's tokens by the passages they stand in (bit 0 the first, bit 1 the second);
-        4 and 5 the first passage's, unmatched and matched, 8 and 9 the second's; and for [CLS], on a scale of 32, how much
-        of the query the passage holds (16-47), or how much more of it the first passage holds than the second (48-79)."""
+        4 and 5 the first passage's, unmatched and matched, 8 and 9 the second's; and for [CLS], on a scale of LEVELS,
+        how much of the query the passage holds, or how much more of it the first passage holds than the second."""
         word = ids > max(self.tokenizer.all_special_ids)  # special tokens match nothing
         same = (ids[:, :, None] == ids[:, None, :]) & word[:, None, :]
         in_segment = [(same & (segments == s)[:, None, :]).any(-1) & word for s in range(3)]
         query = in_segment[1].long() + 2 * in_segment[2].long()
         types = torch.where(segments == 0, query, 4 * segments.clamp(min=0) + in_segment[0].long())
         # How much: the mean over the query's words of the closest word of the passage, by the model's own word vectors.
-        # A WordPiece vocabulary is ordered by frequency: the logarithm of a word's number weights it by its rarity.
+        # scratch_encoder numbers tokens from frequent to rare: the logarithm of the number weights a word by its rarity.
         vectors = F.normalize(self.model.get_input_embeddings().weight.detach()[ids], dim=-1)
         similarity = vectors @ vectors.transpose(1, 2)
         weight = ids.float().log1p() * (word & (segments == 0))
@@ -104,8 +104,9 @@ class Classifier(nn.Module):
         for s in (1, 2):
             closest = similarity.masked_fill(~(word & (segments == s))[:, None, :], 0).amax(-1)
             holds.append((weight * closest).sum(1) / weight.sum(1).clamp(min=1))
-        scale = torch.where((segments == 2).any(1), (0.5 + holds[0] - holds[1]) * 31 + 32, holds[0] * 31)
-        types[:, 0] = 16 + torch.where((segments == 2).any(1), scale.clamp(32, 63), scale.clamp(0, 31)).round().long()
+        pair = (segments == 2).any(1)
+        share = torch.where(pair, 0.5 + holds[0] - holds[1], holds[0]).clamp(0, 1)
+        types[:, 0] = MARKS + LEVELS * pair + (share * (LEVELS - 1)).round().long()
         return types
 
 
@@ -359,11 +360,13 @@ def _new_classifier(encoder: str | Path, device: torch.device, seed: int, query_
     """Any encoder with a new head of one output; matches are marked where it has token types for it."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     config = AutoConfig.from_pretrained(encoder, num_labels=1)
-    config.match_types = getattr(config, "type_vocab_size", 0) >= 80
+    config.match_types = getattr(config, "type_vocab_size", 0) >= MARKS + 2 * LEVELS
     config.query_length, config.passage_length = query_length, passage_length
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32, **ATTENTION)
+    if config.match_types:  # the marks are read off these vectors: trained on a few labels, they say less of other words
+        model.base_model.embeddings.requires_grad_(False)
     return Classifier(model.to(device), AutoTokenizer.from_pretrained(encoder))
 
 
