@@ -595,9 +595,9 @@ def picture(run: Run, rows: list[dict]) -> None:
                 y = np.convolve([r[name] for r in steps], np.ones(window) / window, "valid")
                 losses.plot(x, y, color=f"C{n}", label=label if t == run.config.iters else None)
         losses.axvline(start, color="grey", linewidth=0.5)
-        losses.text(start, 1.0, f" iteration {t}", transform=losses.get_xaxis_transform(), va="top", fontsize=8, color="grey")
+        losses.text(start, 1.0, f" {t}", transform=losses.get_xaxis_transform(), va="top", fontsize=8, color="grey")
         start += len(steps)
-    losses.set(title="loss terms, unweighted", xlabel="step", yscale="log")
+    losses.set(title="loss terms, unweighted; the lines are where iterations begin", xlabel="step", yscale="log")
     losses.legend(fontsize=8)
 
     summaries = [pair_summary(run.out / f"iter{t}") for t in range(1, run.config.iters + 1)]
@@ -606,14 +606,17 @@ def picture(run: Run, rows: list[dict]) -> None:
     agreement.bar(t + 0.2, [s["position_bias"] for s in summaries], 0.4, label="position bias, mean of $p_{ij} + p_{ji} - 1$")
     agreement.axhline(0, color="black", linewidth=0.5)
     agreement.set(title="the teachers", xlabel="iteration", xticks=t)
+    agreement.margins(y=0.25)
     agreement.legend(fontsize=8)
 
     spent: dict[str, float] = {}
-    for r in log:
-        if "stage" in r:
-            spent[r["stage"]] = spent.get(r["stage"], 0) + r["seconds"]
+    stages = [r for r in log if "stage" in r]
+    for r in stages:
+        spent[r["stage"]] = spent.get(r["stage"], 0) + r["seconds"]
     times.barh(list(spent)[::-1], list(spent.values())[::-1], color="C0")
-    times.set(title=f"where the time went: {sum(spent.values()):.0f} s", xlabel="seconds, all iterations")
+    peak = max(r["peak_gb"] for r in stages)
+    times.set(title=f"where the time went: {sum(spent.values()):.0f} s, with at most {peak:.1f} GB in all ranks",
+              xlabel="seconds, all iterations")
     figure.savefig(run.out / "writing.report.png", dpi=110)
     plt.close(figure)
     os.replace(run.out / "writing.report.png", run.out / "report.png")

@@ -31,7 +31,7 @@ import retrieve
 import run
 import teachers
 from maxsim_kernel import maxsim, maxsim_paired, pairdistill_loss, pairdistill_objective
-from pairdistill import LEVELS, MARKS, Batches, Student, sample_pairs, scratch_encoder, train
+from pairdistill import LEVELS, MARKS, Batches, Student, _wordpieces, sample_pairs, scratch_encoder, train
 from ranks import Ranks, sum_gradients
 from retrieve import Index
 
@@ -959,6 +959,16 @@ def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encod
     shared = [p.grad if p.grad is not None else torch.zeros_like(p) for p in one.parameters()]
     for a, b in zip(shared, two["gradients"], strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scratch_vocabulary_is_the_same_each_time_and_runs_from_frequent_to_rare():
+    rng = np.random.default_rng(0)
+    texts = ["the " + " ".join("".join(rng.choice(list("abcdefgh"), rng.integers(3, 9))) for _ in range(8)) for _ in range(200)]
+    first, second = _wordpieces(texts, 400), _wordpieces(texts, 400)
+    assert first.get_vocab() == second.get_vocab()  # the library's own trainer gives another one each time
+    rows = [set(e.tokens) for e in first.encode_batch(texts, add_special_tokens=False)]
+    counts = [sum(token in row for row in rows) for token in sorted(first.get_vocab(), key=first.get_vocab().get)[7:]]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 200
 
 
 def test_the_terms_of_a_step_do_not_keep_its_gradients_in_memory(monkeypatch):
