@@ -18,6 +18,7 @@ Q query tokens, T passage tokens (all of them, ragged), E embedding, L a padded 
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -38,8 +40,6 @@ from maxsim_kernel import pairdistill_objective
 from ranks import Ranks, gather_passages, sum_gradients
 
 MARKS, LEVELS = 16, 128  # token types of a teacher's marks, and of each of its two scales
-# On a CPU torch's fused attention spends more on its backward pass than all else in a step of short texts costs.
-ATTENTION = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
 METADATA, OURS = "artifact.metadata", "pairdistill.json"  # ColBERT's settings file, and ours for what it has no word for
 
 
@@ -103,7 +103,7 @@ class Student(nn.Module):
             settings.update(json.loads(files[OURS].read_text()))
         try:
             pooler = {"add_pooling_layer": False} if _has_pooler(name_or_path) else {}
-            encoder = AutoModel.from_pretrained(name_or_path, **pooler, **ATTENTION)
+            encoder = AutoModel.from_pretrained(name_or_path, **pooler)
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError, ImportError) as e:
             raise ValueError(cannot_load(name_or_path, e)) from e
@@ -328,6 +328,11 @@ def half(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=has)
 
 
+def attention(device: torch.device):
+    """On a CPU, in training: torch's fused attention has a backward pass that costs as much as the rest of a step."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
 def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ranks: Ranks, desc: str, seed: int,
         weight_decay: float = 0.0, clip: float = 2.0, checkpoint_folder: Path | None = None,
         checkpoint_every: int = 500) -> list[list[float]]:
@@ -349,10 +354,11 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
         torch.manual_seed((seed * 1_000_003 + step) * 1_009 + ranks.rank)
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
-        with half(ranks.device):
-            terms = batch_terms(step)
         optimizer.zero_grad()
-        terms[0].backward()
+        with attention(ranks.device):
+            with half(ranks.device):
+                terms = batch_terms(step)
+            terms[0].backward()
         history.append(sum_gradients(model, terms, ranks))
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()

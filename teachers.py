@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from pairdistill import ATTENTION, LEVELS, MARKS, Batches, cannot_load, digest, fit, half
+from pairdistill import LEVELS, MARKS, Batches, cannot_load, digest, fit, half
 from ranks import Ranks
 
 TEMPLATES = {  # (role, family): prompt, the answer that speaks for the (first) passage, the other one
@@ -364,7 +364,7 @@ def _new_classifier(encoder: str | Path, device: torch.device, seed: int, query_
     config.query_length, config.passage_length = query_length, passage_length
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32, **ATTENTION)
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
     if config.match_types:  # the marks are read off these vectors: trained on a few labels, they say less of other words
         model.base_model.embeddings.requires_grad_(False)
     return Classifier(model.to(device), AutoTokenizer.from_pretrained(encoder))
