@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+LAUNCHED = "PAIRDISTILL_LAUNCHED"  # in the environment of ranks that `launch` started
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -163,6 +165,7 @@ def launch(n: int, argv: list[str]) -> int:
     import logging
     import uuid
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own sentence is below
+    os.environ[LAUNCHED] = "1"
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=str(uuid.uuid4()), rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
     try:

@@ -197,7 +197,7 @@ class Run:
             work()
             peaks = self.ranks.gather(torch.tensor([peak_memory()]))  # all ranks have ended when this returns
             self.note(stage=name, iteration=iteration, seconds=time.time() - start, peak_gb=round(float(peaks.sum()), 3))
-        self.ranks.say(f"  {name:<12} {summary():<86} " + ("done before" if done else f"{time.time() - start:6.1f} s"))
+        self.ranks.say(f"  {name:<14}{summary():<86} " + ("done before" if done else f"{time.time() - start:6.1f} s"))
 
     def save(self, path: Path, content) -> None:
         if self.ranks.first:
@@ -646,7 +646,8 @@ def main(argv: list[str]) -> int:
     except ValueError as e:
         return ranks.refuse(e)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from the last finished stage in {config.out}", flush=True)
+        if ranks.LAUNCHED not in os.environ:  # else the parent says it
+            print(f"\nstopped; the same command goes on from the last finished stage in {config.out}", flush=True)
         return 130
 
 
