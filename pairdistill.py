@@ -254,8 +254,7 @@ def digest(folder: str | Path) -> str:
 
 
 def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 16000, hidden: int = 128,
-                    layers: int = 2, positions: int = 256, teacher: bool = False,
-                    seed: int = 0) -> None:
+                    layers: int = 2, positions: int = 256, teacher: bool = False, seed: int = 0) -> None:
     """A small BERT with random weights and a WordPiece vocabulary made from `texts`, as an ordinary folder.
 
     Where no pretrained model is at hand. Small initial weights leave the residual stream nearly alone and small position
@@ -279,7 +278,8 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
             rare = _rarity(tokenizer, texts)
             words.copy_(rare.sqrt() * words + (1 - rare).sqrt() * shared * config.initializer_range)
             # Classifier._match_types' two scales begin as numbers on one line.
-            types[MARKS:] = torch.linspace(-1, 1, LEVELS)[:, None].repeat(2, 1) * torch.randn(hidden) * 0.02
+            line = torch.linspace(-1, 1, LEVELS)[:, None] * torch.randn(hidden) * config.initializer_range
+            types[MARKS:] = line.repeat(2, 1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

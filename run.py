@@ -624,6 +624,7 @@ def picture(run: Run, rows: list[dict]) -> None:
 
 def main(argv: list[str]) -> int:
     preset, config = parse(argv)
+    stopped = f"\nstopped; the same command goes on from the last finished stage in {config.out}"
     import ranks
     try:
         check(config)
@@ -634,7 +635,7 @@ def main(argv: list[str]) -> int:
             if n > 1:
                 code = ranks.launch(n, [os.path.abspath(__file__), *argv])
                 if code in (130, 143):
-                    print(f"\nstopped; the same command goes on from the last finished stage in {config.out}", flush=True)
+                    print(stopped, flush=True)
                 return code
         me = ranks.init()
         import transformers
@@ -647,7 +648,7 @@ def main(argv: list[str]) -> int:
         return ranks.refuse(e)
     except KeyboardInterrupt:
         if ranks.LAUNCHED not in os.environ:  # else the parent says it
-            print(f"\nstopped; the same command goes on from the last finished stage in {config.out}", flush=True)
+            print(stopped, flush=True)
         return 130
 
 

@@ -936,6 +936,7 @@ me = ranks.init()
 student, terms = train_a_little({encoder!r}, examples_of(), me, steps={steps})
 if me.first:
     torch.save(dict(terms=terms, gradients=[p.grad for p in student.parameters() if p.grad is not None]), {out!r})
+me.close()
 """
 
 
