@@ -261,7 +261,8 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
     vectors leave a token recognisable wherever it stands: before its first step such an encoder matches words.
     """
     from transformers import BertConfig, BertModel, BertTokenizerFast
-    tokenizer = BertTokenizerFast(tokenizer_object=_wordpieces(texts, vocabulary)._tokenizer, do_lower_case=True)
+    words, texts_V = _wordpieces(texts, vocabulary)
+    tokenizer = BertTokenizerFast(tokenizer_object=words._tokenizer, do_lower_case=True)
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers,
                         num_attention_heads=hidden // 32, intermediate_size=4 * hidden, max_position_embeddings=positions,
                         type_vocab_size=MARKS + 2 * LEVELS if teacher else 2,
@@ -269,23 +270,24 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(config, add_pooling_layer=False)
-        shared = torch.randn(hidden)
+        common, direction = torch.randn(2, hidden) * config.initializer_range
     with torch.no_grad():
         model.embeddings.position_embeddings.weight *= 0.1
-        words, types = model.embeddings.word_embeddings.weight, model.embeddings.token_type_embeddings.weight
+        vectors, types = model.embeddings.word_embeddings.weight, model.embeddings.token_type_embeddings.weight
         types[0] = 0
         if teacher:
-            rare = _rarity(tokenizer, texts)
-            words.copy_(rare.sqrt() * words + (1 - rare).sqrt() * shared * config.initializer_range)
+            # From 0 for a word of every text to 1 for a word of one: the more frequent a word, the more common its vector.
+            rare_V1 = (1 - texts_V.clamp(min=1).log() / np.log(len(texts)))[:, None]
+            vectors.copy_(rare_V1.sqrt() * vectors + (1 - rare_V1).sqrt() * common)
             # Classifier._match_types' two scales begin as numbers on one line.
-            line = torch.linspace(-1, 1, LEVELS)[:, None] * torch.randn(hidden) * config.initializer_range
-            types[MARKS:] = line.repeat(2, 1)
+            types[MARKS:] = (torch.linspace(-1, 1, LEVELS)[:, None] * direction).repeat(2, 1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _wordpieces(texts: list[str], size: int):
-    """A lower-case WordPiece tokenizer, the same one each time, numbered from the token of most texts to that of fewest."""
+    """A lower-case WordPiece tokenizer, the same one each time, numbered from the token of most texts to that of fewest,
+    and in how many texts each token is [vocabulary]."""
     from tokenizers import BertWordPieceTokenizer
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "[unused1]"]
     words = BertWordPieceTokenizer(lowercase=True)
@@ -295,14 +297,8 @@ def _wordpieces(texts: list[str], size: int):
                               special_tokens=special + ["##" + c for c in characters])
     found = Counter(token for row in words.encode_batch(texts, add_special_tokens=False) for token in set(row.tokens))
     order = special + sorted(set(words.get_vocab()) - set(special), key=lambda token: (-found[token], token))
-    return BertWordPieceTokenizer({token: n for n, token in enumerate(order)}, lowercase=True)
-
-
-def _rarity(tokenizer, texts: list[str]) -> torch.Tensor:
-    """[vocabulary, 1]: the inverse document frequency, from 0 for a word of every text to 1 for a word of one."""
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    counts = torch.bincount(torch.tensor([i for row in ids for i in set(row)]), minlength=len(tokenizer))
-    return (1 - counts.clamp(min=1).log() / np.log(len(texts)))[:, None]
+    numbered = BertWordPieceTokenizer({token: n for n, token in enumerate(order)}, lowercase=True)
+    return numbered, torch.tensor([found[token] for token in order])
 
 
 # Pairs --------------------------------------------------------------------------------------------------------------

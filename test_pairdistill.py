@@ -965,11 +965,25 @@ def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encod
 def test_a_scratch_vocabulary_is_the_same_each_time_and_runs_from_frequent_to_rare():
     rng = np.random.default_rng(0)
     texts = ["the " + " ".join("".join(rng.choice(list("abcdefgh"), rng.integers(3, 9))) for _ in range(8)) for _ in range(200)]
-    first, second = _wordpieces(texts, 400), _wordpieces(texts, 400)
+    (first, texts_V), (second, _) = _wordpieces(texts, 400), _wordpieces(texts, 400)
     assert first.get_vocab() == second.get_vocab()  # the library's own trainer gives another one each time
     rows = [set(e.tokens) for e in first.encode_batch(texts, add_special_tokens=False)]
     counts = [sum(token in row for row in rows) for token in sorted(first.get_vocab(), key=first.get_vocab().get)[7:]]
-    assert counts == sorted(counts, reverse=True) and counts[0] == 200
+    assert counts == sorted(counts, reverse=True) == texts_V[7:].tolist() and counts[0] == 200
+
+
+def test_a_scratch_encoder_is_drawn_from_its_seed_alone(tmp_path):
+    """Not from the random state that the run before it left behind: a resumed run must get the same one."""
+    from safetensors.torch import load_file
+
+    def drawn(seed, before):
+        torch.manual_seed(before)
+        scratch_encoder(tmp_path, TEXTS, vocabulary=200, hidden=32, layers=1, positions=64, teacher=True, seed=seed)
+        return load_file(tmp_path / "model.safetensors")
+
+    first, again, other = drawn(0, before=1), drawn(0, before=2), drawn(1, before=1)
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+    assert not torch.equal(first["embeddings.token_type_embeddings.weight"], other["embeddings.token_type_embeddings.weight"])
 
 
 def test_the_terms_of_a_step_do_not_keep_its_gradients_in_memory(monkeypatch):
