@@ -1,4 +1,4 @@
-"""MaxSim and the PairDistill losses, fused: scores and gradients without the similarity matrix.
+"""MaxSim and the PairDistill losses (Huang & Chen 2024), fused: no similarity matrix in memory.
 
 A late-interaction score (ColBERT) of query b and passage n, over query tokens i and passage tokens t, is
 
@@ -8,35 +8,22 @@ and with w(b, i, n) the token that wins the maximum, its gradients are sums of *
 
     dL/dq[b, i] = sum_n dL/ds[b, n] d[w(b, i, n)]        dL/dd[t] = sum_{(b, i): w(b, i, n) = t} dL/ds[b, n] q[b, i]
 
-So one integer for each (b, i, n) is all that the backward pass needs. Eager PyTorch holds the similarities of every
-query token with every passage token, twice: at the paper's 32 queries x 2048 passages (32 query tokens, 180 passage
-tokens, bfloat16) that is 755 MB each for similarities and their gradient. Here they live in registers, and what
-reaches memory is 0.26 MB of scores and 2 to 8 MB of winners:
+where n, on the right, is the passage that holds t. So one integer for each (b, i, n) is all that the backward pass
+needs. This file computes scores and gradients three times:
 
-                                    the columns: tokens of QUERIES queries
-                                    +--- query b ---+-- query b+1 --+ ...
-                          token 0   |               |               |
-    one program,          token 1   |    similarities of one tile   |     best  = max(best, tile)
-    one passage:             :      |    tl.dot(d_tile, q_tile^T)   | --> which = tile's number where it rose
-    its tokens are           :      |                               |     (elementwise, in registers)
-    the rows, in          token 63  |               |               |
-    tiles of BLOCK_T      ----------+---------------+---------------+
-                          token 64  |       the next tile ...       |
-                                    +---------------+---------------+
-    at the end, once:     max over rows -> winners; sum over each query's columns -> scores[b, n]
+    eager        as one would write it in PyTorch, with the similarities of all tokens in memory
+    kernels      Triton, for a GPU; the idea and a drawing stand before them
+    blockwise    PyTorch on blocks that fit into a core's cache: what a CPU runs
 
-The passages are ragged: d [T, E] holds all their tokens, offsets [N + 1] says where each begins. A tile that sticks
-out over the end of its passage reads the last token again, which cannot change a maximum, nor where it is first
-reached: no masking of similarities, and none of padding, because there is none. (Implementations that multiply
-padding by 0 score it above every negative similarity.) Passage tokens are the rows because Hopper's tensor-core
-instruction takes 64 rows at least, and a query alone has 32.
+and the losses of the paper twice, eager and in one kernel; pairdistill_objective joins scores and losses.
 
-The gradients use no atomic additions: each row of either gradient belongs to one program, which adds in a fixed order
-and writes once, in the input's type. Two runs give the same bits.
+"All pairs": every query with every passage, scores [B, N]. "paired": every query with its own block of K passages, so
+that N = B * K, passage n meets only query n // K, and scores are [B, K]. The passages are ragged: d [T, E] holds all
+their tokens and offsets [N + 1] says where each begins: passage n is d[offsets[n]:offsets[n + 1]], with no padding.
 
-Dimension key: B queries, K passages a query, N passages, P pairs a query, Q query tokens, T passage tokens (of all
-passages together; in a kernel, of one tile), E embedding, C columns = tokens of several queries, one after the other.
-A suffix is a shape: q_BQE is [B, Q, E].
+Dimension key: B queries, K passages a query, N passages, P pairs a query, Q query tokens, L tokens of the longest
+passage, T passage tokens (of all passages together; in a kernel, of one tile), E embedding, C columns = tokens of
+several queries, one after the other. A suffix is a shape: q_BQE is [B, Q, E].
 
 Check it: python -m pytest test_pairdistill.py -k maxsim; measure it: python bench.py; compile it without a GPU:
 python bench.py --compile.
@@ -67,9 +54,10 @@ def maxsim_eager(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = 
     """MaxSim as one would write it: pad the passages, hold all similarities, take the maximum."""
     length_N, (B, N) = offsets.diff(), (len(q), len(offsets) - 1)
     if len(d) == 0:
-        return (0 * (q.sum() + d.sum())).to(_sum_dtype(q.dtype)).expand(_scores_shape(B, N, paired))
+        nothing = q[:0].sum() + d.sum()  # 0, and in the graph
+        return nothing.to(_sum_dtype(q.dtype)).expand(_scores_shape(B, N, paired))
     position_L = torch.arange(int(length_N.max()), device=d.device)
-    d_NLE = d[(offsets[:-1, None] + position_L).clamp(max=len(d) - 1)]
+    d_NLE = d[(offsets[:-1, None] + position_L).clamp(max=len(d) - 1)]  # what follows a short passage is masked below
     return maxsim_padded(q, d_NLE, length_N, q_mask, paired, _sum_dtype(q.dtype))
 
 
@@ -99,86 +87,38 @@ def _scores_shape(B: int, N: int, paired: bool) -> tuple[int, int]:
     return (B, N // max(B, 1)) if paired else (B, N)
 
 
-# ---- The same, blockwise: what a CPU runs ----------------------------------------------------------------------------
-
-BLOCK_SIMILARITIES = 1 << 18  # held at a time: 1 MB in float32, so that they stay in a core's second-level cache
-
-
-def _blocks(offsets: Tensor, first: int, last: int, n_columns: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Passages first to last - 1, less the empty ones, by length and in blocks: numbers [n], rows of d [n, L]."""
-    length, number = offsets[first : last + 1].diff().sort(stable=True)
-    length_list, begin = length.tolist(), int((length == 0).sum())
-    while begin < len(length):
-        end = begin + 1
-        while end < len(length) and (end + 1 - begin) * length_list[end] * n_columns <= BLOCK_SIMILARITIES:
-            end += 1
-        number_n = first + number[begin:end]
-        position_L = torch.arange(length_list[end - 1], device=offsets.device)
-        yield number_n, torch.minimum(offsets[number_n, None] + position_L, offsets[number_n + 1, None] - 1)
-        begin = end
-
-
-def _blockwise_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, paired: bool, save: bool,
-                       max_length: int | None) -> tuple[Tensor, Tensor | None]:
-    """Scores, and winners [N, C] as positions in their passages: C = B * Q columns, or Q of the own block's query."""
-    (B, Q, E), N = q.shape, len(offsets) - 1
-    dtype, longest = _sum_dtype(q.dtype), int(offsets.diff().max()) if N else 0
-    _expect(max_length is None or longest <= max_length,
-            f"max_length is {max_length}, but a passage has {longest} tokens")
-    G, M = (B, N // max(B, 1)) if paired else (1, N)  # groups of queries and passages that meet, M passages in each
-    scores_NB = q.new_zeros(N, B // max(G, 1), dtype=dtype)
-    winners_NC = q.new_zeros(N, B * Q // max(G, 1), dtype=_winner_dtype(longest)) if save else None
-    for g in range(G):
-        q_EC = q.view(G, -1, E)[g].to(dtype).T
-        for number_n, token_nL in _blocks(offsets, g * M, g * M + M, q_EC.shape[1]):
-            n, L = token_nL.shape
-            sims_nLC = (d.index_select(0, token_nL.flatten()).to(dtype) @ q_EC).view(n, L, -1)
-            best_nC = sims_nLC.amax(1)
-            if save:
-                # The first row that holds the maximum, in float arithmetic, which is vectorized on a CPU (max with
-                # indices is not, and costs half as much as the product): 1 where it is, times a weight that falls.
-                falling_L1 = torch.arange(L, 0, -1, dtype=dtype, device=q.device)[:, None]
-                winner_nC = L - sims_nLC.eq_(best_nC[:, None]).mul_(falling_L1).amax(1)
-                last_n1 = (offsets[number_n + 1] - offsets[number_n] - 1)[:, None]
-                winners_NC[number_n] = torch.minimum(winner_nC, last_n1).to(winners_NC.dtype)
-            if q_mask is not None:
-                best_nC = best_nC.masked_fill(~q_mask.view(G, -1)[g], 0)
-            scores_NB[number_n] = best_nC.view(n, -1, Q).sum(-1)
-    return (scores_NB.view(B, M) if paired else scores_NB.T.contiguous()), winners_NC
-
-
-def _winner_dtype(longest: int) -> torch.dtype:
-    return torch.uint8 if longest <= 256 else torch.int16 if longest <= 32768 else torch.int32
-
-
-def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None,
-                        winners_NC: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
-    """Both gradients as weighted sums of rows: torch's embedding_bag, which adds in a fixed order."""
-    (B, Q, E), T, (N, C) = q.shape, len(d), winners_NC.shape
-    if T == 0 or winners_NC.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(d)
-    dtype, (G, M) = _sum_dtype(q.dtype), (B, N // B) if paired else (1, N)
-    token_GMC = (offsets[:-1, None] + winners_NC.long()).clamp_(max=T - 1).view(G, M, C)
-    row_GMC = torch.arange(B * Q, device=q.device).view(G, 1, C).expand(G, M, C)
-    weight_GMC = (grad_scores[..., None] if paired else grad_scores.T[None]).to(dtype).repeat_interleave(Q, -1)
-    weight_GMC = weight_GMC * (offsets.diff() > 0).view(G, M, 1)
-    if q_mask is not None:
-        weight_GMC = weight_GMC * q_mask.view(G, 1, C)
-    # A bag for each query token: the passage tokens that it chose.
-    token_RM, weight_RM = (x.transpose(1, 2).reshape(B * Q, M) for x in (token_GMC, weight_GMC))
-    grad_q = F.embedding_bag(token_RM, d.to(dtype), mode="sum", per_sample_weights=weight_RM)
-    # A bag for each passage token: the query tokens that chose it, which a stable sort brings together.
-    token, order = token_GMC.flatten().sort(stable=True)
-    begin_T = torch.searchsorted(token, torch.arange(T, device=d.device))
-    row, weight = row_GMC.flatten()[order], weight_GMC.flatten()[order]
-    grad_d = F.embedding_bag(row, q.view(-1, E).to(dtype), begin_T, mode="sum", per_sample_weights=weight)
-    return grad_q.view_as(q).to(q.dtype), grad_d.to(d.dtype)
-
-
 # ---- The kernels: Triton ---------------------------------------------------------------------------------------------
-# A kernel is run by many programs at once, each with its own program_id, each on blocks whose sizes are powers of two.
-# tl.load and tl.store take a block of addresses, and a mask of those to touch. A tl.constexpr argument is known when
-# the kernel is compiled, the others when it is launched; for those in SIZES, a new value is no reason to compile again.
+# Eager PyTorch holds the similarities of every query token with every passage token, twice: at the paper's 32 queries x
+# 2048 passages (32 query tokens, 180 passage tokens) that is 755 MB in bfloat16, 1.5 GB in float32, for the similarities
+# and as much for their gradient. Here they live in registers, and what reaches memory is 0.26 MB of scores and 2 to 8 MB
+# of winners:
+#
+#                                     the columns: tokens of QUERIES queries
+#                                     +--- query b ---+-- query b+1 --+ ...
+#                           token 0   |               |               |
+#     one program,          token 1   |   sims_TC, one tile of them   |     best_TC = max(best_TC, sims_TC)
+#     one passage:             :      |      tl.dot(d_TE, q_CE^T)     | --> from_TC = the tile, where it rose
+#     its tokens are           :      |                               |     (elementwise, in registers)
+#     the rows, in          token 63  |               |               |
+#     tiles of BLOCK_T      ----------+---------------+---------------+
+#                           token 64  |       the next tile ...       |
+#                                     +---------------+---------------+
+#     at the end, once:     max over rows -> best_C; the first token that reaches it -> winner_C;
+#                           sum of best_C over each query's columns -> scores[b, n]
+#
+# A tile that sticks out over the end of its passage reads the last token again, which cannot change a maximum, nor
+# where it is first reached: no masking of similarities, and none of padding, because there is none. (Implementations
+# that multiply padding by 0 score it above every negative similarity.) Passage tokens are the rows because Hopper's
+# tensor-core instruction takes 64 rows at least, and a query alone has 32.
+#
+# The gradients use no atomic additions: each row of either gradient belongs to one program, which adds in a fixed order
+# and writes once, in the input's type. Two runs give the same bits.
+#
+# New to Triton? A kernel is run by many programs at once, each with its own program_id, each on blocks whose sizes are
+# powers of two. An address is a pointer plus a number; tl.load and tl.store take a block of them, mostly made of
+# `[:, None]` rows and columns, and a mask of those to touch. A tl.constexpr argument is known when the kernel is
+# compiled, the others when it is launched. Triton would compile again for a number that is 1 or a multiple of 16: not
+# for those in SIZES. Both branches of `x if CONSTANT else y` must have one type: hence terms like `n + 0 * b`.
 
 SIZES = ["B", "Q", "N", "K", "P", "width", "max_length", "first_query", "n_queries", "n_labelled", "n_pairs"]
 
@@ -186,11 +126,10 @@ SIZES = ["B", "Q", "N", "K", "P", "width", "max_length", "first_query", "n_queri
 def _kernel(function):
     if triton is None:
         return function
-    return triton.jit(do_not_specialize=[name for name in SIZES if name in function.__code__.co_varnames])(function)
+    return triton.jit(do_not_specialize=SIZES)(function)
 
 
 INTERPRETED = tl.constexpr(triton is not None and triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: NumPy, on a CPU
-FAR = tl.constexpr(-1e30)  # for scores that are not there: its exponential is 0, and a difference of two is no NaN
 
 
 @_kernel
@@ -225,7 +164,7 @@ def _forward_kernel(
     q_ptr += tl.cast(first, tl.int64) * Q * E
     tile_T, e_E = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     column_C = tl.arange(0, QUERIES * BLOCK_Q)
-    b_C = column_C // BLOCK_Q  # counted from the first
+    b_C = column_C // BLOCK_Q  # the column's query, counted from the program's first
 
     scores = tl.zeros([QUERIES], tl.float32)
     for q0 in range(0, Q, BLOCK_Q):  # once, unless the query is long
@@ -237,7 +176,8 @@ def _forward_kernel(
             live_C = inside_C & (tl.load(mask_ptr + first * Q + row_C, mask=inside_C, other=0) != 0)
         q_CE = tl.load(q_ptr + row_C[:, None] * E + e_E, mask=live_C[:, None] & (e_E < E), other=0.0)
 
-        # Compute: the running maximum stays elementwise; reducing each tile across threads would cost more than it.
+        # Compute: the running maximum stays elementwise; reducing each tile across threads would cost more than
+        # the product itself. A NaN stays a NaN.
         best_TC = tl.full([BLOCK_T, QUERIES * BLOCK_Q], float("-inf"), tl.float32)
         from_TC = tl.zeros([BLOCK_T, QUERIES * BLOCK_Q], tl.int32)
         for t in range(0, length, BLOCK_T):
@@ -246,14 +186,15 @@ def _forward_kernel(
             sims_TC = _dot(d_TE, tl.trans(q_CE))
             if SAVE:
                 from_TC = tl.where(sims_TC > best_TC, t, from_TC)
-            best_TC = tl.maximum(best_TC, sims_TC)
+            best_TC = tl.maximum(best_TC, sims_TC, propagate_nan=tl.PropagateNan.ALL)
 
         # Reduce: over the rows, to each column's maximum and the lowest token that has it; then over each query.
         best_C = tl.max(best_TC, 0)
         if SAVE:
             winner_C = tl.min(tl.where(best_TC == best_C, from_TC + tile_T[:, None], length), 0)
             base = n.to(tl.int64) * Q if PAIRED else (n.to(tl.int64) * B + first) * Q
-            tl.store(winners_ptr + base + row_C, tl.minimum(winner_C, length - 1), mask=inside_C & (length > 0))
+            winner_C = tl.minimum(winner_C, tl.minimum(length, max_length) - 1)  # repeated last token; NaN; too long
+            tl.store(winners_ptr + base + row_C, tl.maximum(winner_C, 0), mask=inside_C & (length > 0))
         best_C = tl.where(live_C & (length > 0), best_C, 0.0)
         scores += tl.sum(tl.reshape(best_C, [QUERIES, BLOCK_Q]), 1)
 
@@ -265,7 +206,8 @@ def _forward_kernel(
 
 # The passages' gradient, dL/dd[t] = sum over the columns (b, i) that t wins of dL/ds[b, n] q[b, i], is a product again:
 # [tokens, columns] @ [columns, E], where the left side has dL/ds[b, n] where the column's winner is the row, else 0.
-# It is made in registers from the winners, and the tensor cores do the rest. One program owns a passage's rows.
+# It is made in registers from the winners, in the inputs' type, and the tensor cores do the rest, in float32. One program
+# owns a passage's rows.
 
 
 @_kernel
@@ -421,12 +363,15 @@ def _mean(terms: Tensor, count: int | Tensor) -> Tensor:
     return terms.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
-# The same in one launch, with the gradients beside the losses. With p the student's distribution and sigma a sigmoid,
+# The same in one launch, with the gradients beside the losses. With p the student's softmax over the loss's own candidates (D'
+# for L_CL, the own block for L_KD) and sigma a sigmoid,
 #
 #     dL_CL/ds_k = p_k - [k is the positive]    dL_KD/ds_k = p_k - P_point,k    dL_pair/ds_i = sigma(s_i - s_j) - P_pair
 #
 # and dL_pair/ds_j its negative. A program owns a query's row of scores, so a pair adds to its two positions by
 # comparison with every position, not by an atomic addition.
+
+FAR = tl.constexpr(-1e30)  # for scores that are not there: its exponential is 0, and a difference of two is no NaN
 
 
 @_kernel
@@ -453,7 +398,7 @@ def _head_kernel(
         for b0 in range(0, B, BLOCK):
             label = tl.load(positive_ptr + b0 + block, mask=b0 + block < B, other=-1)
             n_labelled += tl.sum((label >= 0).to(tl.int32), 0)
-    if n_pairs < 0:
+    if n_pairs < 0 and not PAIR_SUM:
         n_pairs = 0
         for p0 in range(0, B * P, BLOCK):
             i = tl.load(pairs_ptr + 2 * (p0 + block), mask=p0 + block < B * P, other=-1)
@@ -476,12 +421,12 @@ def _head_kernel(
     per_pair = per_query if PAIR_SUM else 1.0 / tl.maximum(n_pairs, 1)
     pair_P = tl.zeros([BLOCK_P], tl.float32)
     for p0 in range(0, P, BLOCK_P):
-        pair = b * P + p0 + tl.arange(0, BLOCK_P)
+        at_P = b * P + p0 + tl.arange(0, BLOCK_P)
         inside = p0 + tl.arange(0, BLOCK_P) < P
-        i_P = tl.load(pairs_ptr + 2 * pair, mask=inside, other=-1)
-        j_P = tl.load(pairs_ptr + 2 * pair + 1, mask=inside, other=-1)
-        valid_P = i_P >= 0
-        prob_P = tl.load(probs_ptr + pair, mask=valid_P, other=0.5)
+        i_P = tl.load(pairs_ptr + 2 * at_P, mask=inside, other=-1)
+        j_P = tl.load(pairs_ptr + 2 * at_P + 1, mask=inside, other=-1)
+        valid_P = (i_P >= 0) & (j_P >= 0)
+        prob_P = tl.load(probs_ptr + at_P, mask=valid_P, other=0.5)
         margin_P = (tl.load(scores_ptr + own + i_P, mask=valid_P, other=0.0)
                     - tl.load(scores_ptr + own + j_P, mask=valid_P, other=0.0))
         # p (log p - log sigma(x)) + (1 - p) (log(1 - p) - log sigma(-x)) = softplus(x) - p x - H(p)
@@ -496,7 +441,7 @@ def _head_kernel(
         grad_K += tl.sum(signs_PK * grad_P[:, None], 0)
     pair = tl.sum(pair_P, 0) * per_pair
 
-    # L_CL: the log of the sum is kept as (largest, sum of exp(score - largest)) per thread while columns stream by.
+    # L_CL: the log of the sum is kept as (largest, sum of exp(score - largest)) per lane while columns stream by.
     label = tl.load(positive_ptr + b)
     per_label = tl.where(label >= 0, 1.0 / tl.maximum(n_labelled, 1), 0.0)
     score = tl.load(scores_ptr + own + tl.maximum(label, 0))
@@ -531,11 +476,11 @@ def _head_kernel(
 
 
 # ---- Launches --------------------------------------------------------------------------------------------------------
-# Tiles, warps and pipeline stages. A table, because an autotuner stalls for seconds at each new shape; none of its
-# rows spills registers (`python bench.py --compile`), and `python bench.py --tune` measures them again.
+# Tiles, warps and pipeline stages. A table, because an autotuner stalls for seconds at each new shape; none of the
+# table's rows spills registers (`python bench.py --compile`), and `python bench.py --tune` measures them again.
 
 LAUNCH = {
-    # (compute capability, or 0 for any other; bytes an element; dim up to): for each kernel its tile, warps and stages:
+    # (major compute capability, or 0 for any other; bytes an element; dim up to): for each kernel its tile, warps and stages:
     # forward (BLOCK_T, columns, ...), passages' gradient (BLOCK_T, BLOCK_C, ...), queries' gradient (BLOCK_N, warps)
     (9, 2, 128): ((64, 128, 4, 3), (64, 64, 4, 2), (32, 4)),
     (0, 2, 128): ((64, 128, 8, 3), (64, 64, 8, 3), (32, 4)),
@@ -554,7 +499,7 @@ def _power_of_2(size: int) -> int:
 
 
 def launch_options(q_shape: tuple[int, ...], element_size: int, paired: bool, capability: int) -> tuple[dict, ...]:
-    """Keyword arguments of the three kernels above: what shape, type and the table decide."""
+    """Keyword arguments of MaxSim's three kernels: what shape, type and the table decide."""
     B, Q, E = q_shape
     block_e = max(_power_of_2(E), 16)
     key = (element_size, max(block_e, 128))
@@ -638,15 +583,93 @@ def _triton_head(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs: Ten
     return losses.sum(1), grad
 
 
+# ---- MaxSim blockwise: what a CPU runs ---------------------------------------------------------------------------------
+
+BLOCK_SIMILARITIES = 1 << 18  # held at a time, if no passage needs more: 1 MB, a core's second-level cache
+
+
+def _blocks(offsets: Tensor, first: int, last: int, n_columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the passages first to last - 1 that are not empty, similar lengths together: their numbers [n], and their
+    tokens' rows of d [n, L], where a shorter one repeats its last token."""
+    length, number = offsets[first : last + 1].diff().sort(stable=True)
+    length_list, begin = length.tolist(), int((length == 0).sum())
+    while begin < len(length):
+        end = begin + 1
+        while end < len(length) and (end + 1 - begin) * length_list[end] * n_columns <= BLOCK_SIMILARITIES:
+            end += 1  # lengths rise: that of end - 1 is the block's longest
+        number_n = first + number[begin:end]
+        position_L = torch.arange(length_list[end - 1], device=offsets.device)
+        yield number_n, torch.minimum(offsets[number_n, None] + position_L, offsets[number_n + 1, None] - 1)
+        begin = end
+
+
+def _blockwise_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, paired: bool, save: bool,
+                       max_length: int | None) -> tuple[Tensor, Tensor | None]:
+    """Scores, and winners [N, C] as positions in their passages: C = B * Q columns, or Q of the own block's query."""
+    (B, Q, E), N = q.shape, len(offsets) - 1
+    dtype, longest = _sum_dtype(q.dtype), int(offsets.diff().max()) if N else 0
+    _expect(max_length is None or longest <= max_length,
+            f"max_length is {max_length}, but a passage has {longest} tokens")
+    G, M = (B, N // max(B, 1)) if paired else (1, N)  # groups of queries and passages that meet, M passages in each
+    scores_NB = q.new_zeros(N, B // max(G, 1), dtype=dtype)
+    winners_NC = q.new_zeros(N, B * Q // max(G, 1), dtype=_winner_dtype(longest)) if save else None
+    for g in range(G):
+        q_EC = q.view(G, -1, E)[g].to(dtype).T
+        for number_n, token_nL in _blocks(offsets, g * M, g * M + M, q_EC.shape[1]):
+            n, L = token_nL.shape
+            sims_nLC = (d.index_select(0, token_nL.flatten()).to(dtype) @ q_EC).view(n, L, -1)
+            best_nC = sims_nLC.amax(1)
+            if save:
+                # The first row that holds the maximum, in float arithmetic, which is vectorized on a CPU (max with
+                # indices is not, and costs half as much as the product): the maximum over rows of (1 where the row
+                # holds it, else 0) times L, L - 1, ..., 1 is L less the first such row.
+                falling_L1 = torch.arange(L, 0, -1, dtype=dtype, device=q.device)[:, None]
+                winner_nC = L - sims_nLC.eq_(best_nC[:, None]).mul_(falling_L1).amax(1)
+                last_n1 = (offsets[number_n + 1] - offsets[number_n] - 1)[:, None]
+                winners_NC[number_n] = torch.minimum(winner_nC, last_n1).to(winners_NC.dtype)
+            if q_mask is not None:
+                best_nC = best_nC.masked_fill(~q_mask.view(G, -1)[g], 0)
+            scores_NB[number_n] = best_nC.view(n, -1, Q).sum(-1)
+    return (scores_NB.view(B, M) if paired else scores_NB.T.contiguous()), winners_NC
+
+
+def _winner_dtype(longest: int) -> torch.dtype:
+    return torch.uint8 if longest <= 256 else torch.int16 if longest <= 32768 else torch.int32
+
+
+def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None,
+                        winners_NC: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    """Both gradients as weighted sums of rows: torch's embedding_bag, which adds in a fixed order."""
+    (B, Q, E), T, (N, C) = q.shape, len(d), winners_NC.shape
+    if T == 0 or winners_NC.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(d)
+    dtype, (G, M) = _sum_dtype(q.dtype), (B, N // B) if paired else (1, N)
+    token_GMC = (offsets[:-1, None] + winners_NC.long()).clamp_(max=T - 1).view(G, M, C)
+    row_GMC = torch.arange(B * Q, device=q.device).view(G, 1, C).expand(G, M, C)
+    weight_GMC = (grad_scores[..., None] if paired else grad_scores.T[None]).to(dtype).repeat_interleave(Q, -1)
+    weight_GMC = weight_GMC * (offsets.diff() > 0).view(G, M, 1)
+    if q_mask is not None:
+        weight_GMC = weight_GMC * q_mask.view(G, 1, C)
+    # A bag for each query token: the passage tokens that it chose.
+    token_RM, weight_RM = (x.transpose(1, 2).reshape(B * Q, M) for x in (token_GMC, weight_GMC))
+    grad_q = F.embedding_bag(token_RM, d.to(dtype), mode="sum", per_sample_weights=weight_RM)
+    # A bag for each passage token: the query tokens that chose it, which a stable sort brings together.
+    token, order = token_GMC.flatten().sort(stable=True)
+    begin_T = torch.searchsorted(token, torch.arange(T, device=d.device))
+    row, weight = row_GMC.flatten()[order], weight_GMC.flatten()[order]
+    grad_d = F.embedding_bag(row, q.view(-1, E).to(dtype), begin_T, mode="sum", per_sample_weights=weight)
+    return grad_q.view_as(q).to(q.dtype), grad_d.to(d.dtype)
+
+
 # ---- Autograd --------------------------------------------------------------------------------------------------------
 
 
 class _MaxSim(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, d, offsets, q_mask, paired, max_length, backend):
+    def forward(ctx, q, d, offsets, q_mask, paired, save, max_length, backend):
         ctx.paired, ctx.backend = paired, backend
         forward = _triton_forward if backend == "triton" else _blockwise_forward
-        scores, winners = forward(q, d, offsets, q_mask, paired, any(ctx.needs_input_grad), max_length)
+        scores, winners = forward(q, d, offsets, q_mask, paired, save, max_length)
         ctx.save_for_backward(q, d, offsets, q_mask, winners)
         return scores
 
@@ -654,7 +677,7 @@ class _MaxSim(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_scores):
         backward = _triton_backward if ctx.backend == "triton" else _blockwise_backward
-        return *backward(grad_scores.contiguous(), *ctx.saved_tensors, ctx.paired), None, None, None, None, None
+        return *backward(grad_scores.contiguous(), *ctx.saved_tensors, ctx.paired), *[None] * 6
 
 
 class _Head(torch.autograd.Function):
@@ -683,16 +706,16 @@ class _Objective(torch.autograd.Function):
     """MaxSim, the losses and their gradient in the scores; the backward pass starts from that gradient."""
 
     @staticmethod
-    def forward(ctx, q, d, offsets, q_mask, teacher, pairs, pair_probs, positive, options, paired, max_length, backend):
-        save = any(ctx.needs_input_grad)
+    def forward(ctx, q, d, offsets, q_mask, teacher, pairs, pair_probs, positive, options, paired, save, max_length,
+                backend):
         if backend == "triton":
             scores, winners = _triton_forward(q, d, offsets, q_mask, paired, save, max_length)
             losses, grad = _triton_head(scores, teacher, pairs, pair_probs, positive, options)
         else:
             scores, winners = _blockwise_forward(q, d, offsets, q_mask, paired, save, max_length)
-            with torch.enable_grad():
-                losses = _losses_eager(scores.requires_grad_(), teacher, pairs, pair_probs, positive, options)
-                (grad,) = torch.autograd.grad(losses.total, scores)
+            with torch.set_grad_enabled(save):
+                losses = _losses_eager(scores.requires_grad_(save), teacher, pairs, pair_probs, positive, options)
+                grad = torch.autograd.grad(losses.total, scores)[0] if save else None
             losses = torch.stack(losses).detach()
         ctx.save_for_backward(q, d, offsets, q_mask, winners, grad)
         ctx.paired, ctx.backend = paired, backend
@@ -705,7 +728,7 @@ class _Objective(torch.autograd.Function):
     def backward(ctx, grad_total, *_):
         *inputs, grad = ctx.saved_tensors
         backward = _triton_backward if ctx.backend == "triton" else _blockwise_backward
-        return *backward(grad_total * grad, *inputs, ctx.paired), *[None] * 10
+        return *backward(grad_total * grad, *inputs, ctx.paired), *[None] * 11
 
 
 # ---- What other files call -------------------------------------------------------------------------------------------
@@ -716,10 +739,11 @@ def maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = None, 
     """Scores of every query with every passage, float32 [B, N]; differentiable in q and d.
 
     q [B, Q, E], d [T, E]: float32, float16 or bfloat16, sums in float32 (float64 where the backend is not triton).
-    offsets int32 [N + 1], passage n is d[offsets[n]:offsets[n + 1]]; an empty one scores 0, with zero gradient.
+    offsets int32 [N + 1], from 0 to T: passage n is d[offsets[n]:offsets[n + 1]]; an empty one scores 0, with zero
+    gradient. One whose vectors are NaN scores NaN.
     q_mask bool [B, Q]: False adds 0 to the score. A tie goes to the lowest token.
-    max_length: a bound on the passages' lengths, where the caller knows one: the saved winners take 1 or 2 bytes each
-    instead of 4, and a passage that breaks the bound scores NaN (on a CPU: ValueError).
+    max_length: a bound on the passages' lengths, where the caller knows one (else T is): the saved winners take 1, 2 or
+    4 bytes each by it, and a passage that breaks it scores NaN (backend torch: ValueError).
     backend: "triton" (CUDA, or TRITON_INTERPRET=1), "torch" (blockwise; on CUDA it synchronizes), "eager" (the
     reference), "auto" (triton on CUDA, torch on a CPU).
     """
@@ -739,7 +763,12 @@ def _maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, backen
     with torch.autocast(q.device.type, enabled=False):  # similarities are what bfloat16 inputs make them, no less
         if backend == "eager":
             return maxsim_eager(q, d, offsets, q_mask, paired)
-        return _MaxSim.apply(*_contiguous(q, d, offsets, q_mask), paired, max_length, backend)
+        return _MaxSim.apply(*_contiguous(q, d, offsets, q_mask), paired, _wants_grad(q, d), max_length, backend)
+
+
+def _wants_grad(q: Tensor, d: Tensor) -> bool:
+    """Whether a backward pass can follow; inside an autograd function one cannot tell under torch.no_grad."""
+    return torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -755,7 +784,7 @@ def pairdistill_loss(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs:
 
     scores [B, K], each query with its own block, or [B, width], with the blocks of all queries of the global batch, in
     their order; then this rank's queries are first_query to first_query + B - 1, and columns outside the own block are
-    L_CL's negatives. teacher [B, K]: pointwise scores of the own block, in any order. pairs int [B, P, 2]: positions
+    L_CL's negatives. In [B, K] the rest of the own block is. teacher [B, K]: pointwise scores of the own block, in any order. pairs int [B, P, 2]: positions
     (i, j) in the own block, -1 twice for padding. pair_probs [B, P]: P(d_i > d_j | q). positive int [B]: the labelled
     positive's position, -1 where there is none.
     n_queries, n_labelled, n_pairs: counts over the global batch that the means divide by (None: this batch's own), so
@@ -791,7 +820,7 @@ def pairdistill_objective(q: Tensor, d: Tensor, offsets: Tensor, teacher: Tensor
             scores = maxsim_eager(q, d, offsets, q_mask, not in_batch)
             return _losses_eager(scores, teacher, pairs, pair_probs, positive, options)
         return Losses(*_Objective.apply(*_contiguous(q, d, offsets, q_mask), teacher, pairs, pair_probs, positive,
-                                        options, not in_batch, max_length, backend))
+                                        options, not in_batch, _wants_grad(q, d), max_length, backend))
 
 
 # ---- The boundary: one sentence for each thing that can be wrong -----------------------------------------------------
@@ -838,7 +867,7 @@ def _check_maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, 
         _expect_tensor("q_mask", q_mask, "bool", tuple(q.shape[:2]), q.device)
     B, N = len(q), len(offsets) - 1
     _expect(N >= 0, "offsets must hold one number more than there are passages, got none")
-    _expect(not paired or N % max(B, 1) == 0, f"each query needs the same number of passages, got {N} for {B} queries")
+    _expect(not paired or N == 0 or (B > 0 and N % B == 0), f"each query needs the same number of passages, got {N} for {B} queries")
     if not q.is_cuda:
         _expect(offsets[0] == 0 and offsets[-1] == len(d) and (offsets.diff() >= 0).all(),
                 f"offsets must begin with 0, never fall and end with d's {len(d)} rows")
@@ -856,6 +885,7 @@ def _check_losses(width: int, teacher: Tensor, pairs: Tensor, pair_probs: Tensor
     _expect(K > 0 and (width == K or (width % K == 0 and 0 <= first and (first + B) * K <= width)),
             f"scores must be {K} wide (the own block) or {K} times the number of all queries, of which these are "
             f"{first} to {first + B - 1}, got {width}")
+    _expect(options.tau > 0, f"tau must be more than 0, got {options.tau}")
     _expect(options.pair_reduction in ("mean", "sum"),
             f"pair_reduction must be 'mean' or 'sum', got {options.pair_reduction!r}")
     if device.type == "cpu":

@@ -35,6 +35,7 @@ class Config:
     gpus: int = option(1, "ranks on this machine", "4 V100")
     seed: int = option(0, "of everything that is drawn")
     split: str = option("test", "the judged queries that a student is evaluated on", "dev")
+    eval_queries: int = option(0, "how many of them, drawn once; 0: all", "all")
     student: str = option("colbert-ir/colbertv2.0", "Hub name or folder; scratch: a small one with random weights",
                           "ColBERTv2")
     architecture: str = option("colbert", "colbert or dpr", "both, table 3")
@@ -46,14 +47,16 @@ class Config:
     base_steps: int = option(0, "steps of iteration 0: L_CL alone, for a student that cannot retrieve yet", "0")
     base_batch: int = option(64, "queries of such a step, each with its labelled passage")
     base_lr: float = option(1e-3, "its learning rate")
-    pointwise: str = option("cross-encoder/ms-marco-MiniLM-L-6-v2", "Hub name or folder; scratch: trained on the labels",
-                            "MiniLM")
-    pairwise: str = option("castorini/duot5-3b-msmarco", "Hub name or folder; scratch: trained on the labels", "duoT5-3B")
+    pointwise: str = option("cross-encoder/ms-marco-MiniLM-L-6-v2", "Hub name or folder; scratch: trained on the labels, from "
+                            "random weights; train:ENCODER: the same from this encoder", "MiniLM")
+    pairwise: str = option("castorini/duot5-3b-msmarco", "the same; where both are trained from the same start, "
+                           "it begins as the pointwise one ended", "duoT5-3B")
     orders: str = option("both", "ask a pair in both orders and average, or in one", "authors' code: one")
     encoder_steps: int = option(100, "steps of training the scratch teachers' encoder to retrieve, by L_CL")
-    teacher_steps: int = option(300, "steps of training each scratch teacher")
+    teacher_steps: int = option(300, "steps of training each scratch or train: teacher")
+    teacher_batch: int = option(64, "labelled triplets of such a step")
     teacher_lr: float = option(1e-3, "their learning rate")
-    teacher_length: int = option(180, "tokens of a passage that a scratch teacher reads")
+    teacher_length: int = option(180, "tokens of a passage that such a teacher reads")
     retrieve_k: int = option(100, "passages retrieved for a training query", "100")
     train_queries: int = option(0, "training queries of an iteration, drawn anew in each; 0: all", "all 800K")
     kept: int = option(64, "passages of a query that are trained on, the best by the pointwise teacher", "64")
@@ -116,7 +119,7 @@ def check(config: Config) -> None:
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: it is {' or '.join(allowed)}")
     for f in dataclasses.fields(Config):
-        zero = f.name in ("seed", "dim", "base_steps", "train_queries", "delta", "warmup", "lambda_kd", "lambda_pair",
+        zero = f.name in ("seed", "eval_queries", "dim", "base_steps", "train_queries", "delta", "warmup", "lambda_kd", "lambda_pair",
                           "rerank", "rerank_pairs", "n_pairs", "iters")
         if f.type in ("int", "float") and not getattr(config, f.name) >= (0 if zero else 1e-12):
             raise ValueError(f"--{f.name.replace('_', '-')} {getattr(config, f.name)}: it is {'0 or more' if zero else 'more than 0'}")
@@ -172,7 +175,12 @@ class Run:
         judged = {q for judgements in self.data.qrels.values() for q in judgements}
         # Queries without judgements are distilled on too (section 5.2): 800K of which 500K are labelled.
         self.train_ids = [q for q in self.data.queries if q in train or q not in judged]
-        self.eval_ids = list(self.data.qrels[config.split])
+        qrels = self.data.qrels[config.split]
+        self.eval_ids = list(qrels)
+        if 0 < config.eval_queries < len(qrels):
+            drawn = np.random.default_rng(config.seed).permutation(len(qrels))[:config.eval_queries]
+            self.eval_ids = [self.eval_ids[n] for n in sorted(drawn)]
+        self.qrels = {q: qrels[q] for q in self.eval_ids}
         if not self.train_ids:
             raise ValueError(f"{config.data}: no training queries: qrels/train.tsv is missing or empty, and every query is "
                              f"judged in another split")
@@ -313,7 +321,7 @@ def evaluate_student(run: Run, iteration: int, folder: Path) -> None:
     scores, positions = search(run, folder, run.text(run.eval_ids), run.config.eval_k)
     if not run.ranks.first:
         return
-    ids, qrels = run.data.passage_ids, run.data.qrels[run.config.split]
+    ids, qrels = run.data.passage_ids, run.qrels
     found = {q: {ids[p]: float(s) for p, s in zip(ps, ss) if p >= 0} for q, ps, ss in zip(run.eval_ids, positions, scores)}
     rows = [dict(system="student", iteration=iteration, **evaluate(found, qrels, METRICS))]
     if iteration == 0:
@@ -412,8 +420,12 @@ def distill(run: Run, iteration: int, previous: Path, folder: Path) -> None:
     save_student(run, student, folder)
 
 
+def is_trained(spec: str) -> bool:
+    return spec == "scratch" or spec.startswith("train:")
+
+
 def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
-    """A scratch teacher learns from the labels, against passages that the student of iteration 0 finds (section 4.1)."""
+    """A teacher learns from the labels, against passages that the student of iteration 0 finds (section 4.1)."""
     import teachers
     c, mined = run.config, np.load(iteration_0 / "mined.npz")
     passages, qids = run.data.passages, [run.train_ids[q] for q in mined["queries"]]
@@ -424,26 +436,49 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     groups = [g for g in groups if g[2]]
     common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length,
                   passage_length=c.teacher_length)
-    folder, twin = run.out / "teachers" / role, run.out / "teachers" / "pointwise"
+    spec, folder, twin = getattr(c, role), run.out / "teachers" / role, run.out / "teachers" / "pointwise"
+    start = scratch(run, "teacher") if spec == "scratch" else spec.removeprefix("train:")
     if role == "pointwise":
-        history = teachers.train_pointwise(scratch(run, "teacher"), groups, folder, batch=32, negatives=2, **common)
+        history = teachers.train_pointwise(start, groups, folder, batch=max(c.teacher_batch // 2, 1), negatives=2, **common)
     else:  # what the pointwise teacher learned is a better start than none
-        start = twin if c.pointwise == "scratch" else scratch(run, "teacher")
-        history = teachers.train_pairwise(start, groups, folder, batch=64, **common)
+        start = twin if c.pointwise == spec else start
+        history = teachers.train_pairwise(start, groups, folder, batch=c.teacher_batch, **common)
     for step, (loss, accuracy) in enumerate(history):
         run.note(teacher=role, step=step, loss=loss, accuracy=accuracy)
+    run.note(teacher=role, held_out=held_out_accuracy(run, role, folder, iteration_0))
+
+
+def held_out_accuracy(run: Run, role: str, teacher: Path, iteration_0: Path) -> float:
+    """Of (relevant passage, the best other one that student 0 found), each held-out query's: the share put in order."""
+    import torch
+    import teachers
+    found, share = np.load(iteration_0 / "evaluated.npz")["positions"], run.ranks.share(len(run.eval_ids))
+    asked = []
+    for q, row in list(zip(run.eval_ids, found))[share.start:share.stop]:
+        relevant = [run.number[p] for p, grade in run.qrels[q].items() if grade > 0 and p in run.number]
+        other = next((p for p in row if p >= 0 and p not in relevant), None)
+        if relevant and other is not None:
+            asked.append((run.data.queries[q], run.data.passages[relevant[0]], run.data.passages[other]))
+    if role == "pointwise":
+        reader = teachers.load_pointwise(str(teacher), device=run.ranks.device)
+        margin = reader.score([(q, i) for q, i, _ in asked]) - reader.score([(q, j) for q, _, j in asked])
+    else:
+        margin = teachers.load_pairwise(str(teacher), run.config.orders, device=run.ranks.device).prefer(asked) - 0.5
+    return float(run.ranks.gather(torch.from_numpy((margin > 0).astype(np.float32))).mean())
 
 
 def teacher_accuracy(run: Run, role: str) -> str:
-    log = [json.loads(line) for line in open(run.out / "log.jsonl")] if run.ranks.first else []
-    last = [r["accuracy"] for r in log if r.get("teacher") == role][-10:]
-    return f"{np.mean(last):.3f} of the last steps' training pairs in the right order" if last else ""
+    if not run.ranks.first:
+        return ""
+    log = [r for line in open(run.out / "log.jsonl") if (r := json.loads(line)).get("teacher") == role]
+    return (f"in the right order: {log[-1]['held_out']:.1%} of held-out pairs, "
+            f"{np.mean([r['accuracy'] for r in log if 'accuracy' in r][-10:]):.1%} of the last trained on")
 
 
 def mine(run: Run, iteration_0: Path) -> None:
     """What the student of iteration 0 finds for labelled queries, as many as a teacher's training sees."""
     queries = np.array([n for n, q in enumerate(run.train_ids) if run.positives[q]])
-    queries = np.random.default_rng(run.config.seed).permutation(queries)[:32 * run.config.teacher_steps]
+    queries = np.random.default_rng(run.config.seed).permutation(queries)[:run.config.teacher_batch // 2 * run.config.teacher_steps]
     found = search(run, iteration_0, run.text([run.train_ids[q] for q in queries]), run.config.retrieve_k)[1]
     run.save(iteration_0 / "mined.npz", dict(queries=queries, positions=found))
 
@@ -474,7 +509,7 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
         ranked = {q: {run.data.passage_ids[p]: float(-place) for place, p in enumerate(row) if p >= 0}
                   for q, row in zip(run.eval_ids, top)}
         if run.ranks.first:
-            rows.append(dict(system=system, iteration=iteration, **evaluate(ranked, run.data.qrels[c.split], METRICS)))
+            rows.append(dict(system=system, iteration=iteration, **evaluate(ranked, run.qrels, METRICS)))
     run.metrics(rows)
     run.save(folder / "reranked.json", json.dumps(rows, indent=1))
 
@@ -506,11 +541,12 @@ def iterate(config: Config, preset: str, ranks) -> None:
     index_and_evaluate(0)
 
     specs = {role: getattr(config, role) for role in ("pointwise", "pairwise")}
-    if "scratch" in specs.values():
+    if any(map(is_trained, specs.values())):
         run.stage(0, "mine", folders[0] / "mined.npz", lambda: mine(run, folders[0]))
+    if "scratch" in specs.values():
         run.stage(0, "encoder", run.out / "scratch" / "teacher", lambda: scratch(run, "teacher"))
     for role, spec in specs.items():
-        if spec == "scratch":
+        if is_trained(spec):
             specs[role] = str(run.out / "teachers" / role)
             run.stage(0, "fit " + role, Path(specs[role]) / "model.safetensors", lambda: train_teacher(run, role, folders[0]),
                       lambda: teacher_accuracy(run, role))
@@ -524,14 +560,19 @@ def iterate(config: Config, preset: str, ranks) -> None:
         cache.found = cache.asked = 0
         return text
 
+    def rerank(t: int) -> None:
+        path = folders[t] / "reranked.json"
+        run.stage(t, "teachers", path, lambda: rerank_for_table(run, t, pointwise, pairwise, folders[t]),
+                  lambda: "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}" for r in json.loads(path.read_text())) if ranks.first else "")
+        cache.found = cache.asked = 0
+
+    if config.rerank and not config.iters:
+        rerank(0)
     for t in range(1, config.iters + 1):
         say(f"iteration {t}")
         previous, folder = folders[t - 1], folders[t]
         if config.rerank:
-            run.stage(t, "teachers", previous / "reranked.json",
-                      lambda: rerank_for_table(run, t - 1, pointwise, pairwise, previous),
-                      lambda: "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}" for r in json.loads((previous / "reranked.json").read_text())) if ranks.first else "")
-            cache.found = cache.asked = 0
+            rerank(t - 1)
         run.stage(t, "retrieve", folder / "retrieved.npz", lambda: retrieve(run, t, previous, folder))
         run.stage(t, "pointwise", folder / "pointwise.npz", lambda: rerank_pointwise(run, pointwise, folder), from_cache)
         run.stage(t, "pairwise", folder / "pairs.npz", lambda: compare_pairs(run, t, pairwise, folder),

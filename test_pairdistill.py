@@ -501,6 +501,16 @@ def test_a_passage_longer_than_it_was_said_to_be_does_not_go_unnoticed():
         assert maxsim(q, d, offsets, None, "triton", max_length=8).isnan().tolist() == [[False, True]] * 2
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's
+@LAYOUTS
+@EVERY_BACKEND
+def test_a_nan_is_not_lost_in_a_maximum(backend, paired):
+    q, d, offsets, _ = ragged([5, 70], 2, 3, 16)
+    d[5:] = torch.nan
+    scores = scores_and_gradients(q, d, offsets, None, paired, backend)[0]
+    assert scores.isnan().tolist() == ([[False], [True]] if paired else [[False, True]] * 2)
+
+
 @EVERY_BACKEND
 def test_autocast_does_not_round_the_similarities(backend):
     batch = ragged([5, 70], 2, 3, 16)
@@ -697,6 +707,9 @@ def test_the_objective_is_the_loss_of_maxsim(backend, in_batch):
     scores = (maxsim if in_batch else maxsim_paired)(q, d, offsets, q_mask, "eager")
     composed = pairdistill_loss(scores, *rest, backend="eager", **options)
     torch.testing.assert_close(tuple(fused), tuple(composed), rtol=1e-5, atol=1e-6)
+    with torch.inference_mode():
+        looked_at = pairdistill_objective(q, d, offsets, *rest, q_mask=q_mask, in_batch=in_batch, backend=backend, **options)
+    torch.testing.assert_close(tuple(looked_at), tuple(composed), rtol=1e-5, atol=1e-6)
     upstream = torch.tensor(-1.7, device=DEVICE)
     for x, y in zip(*(torch.autograd.grad(losses.total, (q, d), upstream) for losses in (fused, composed))):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
