@@ -318,10 +318,14 @@ def sample_pairs(n_passages: int, n_pairs: int, delta: int | None, generator: to
 
 # Training -----------------------------------------------------------------------------------------------------------
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in it."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
 def half(device: torch.device) -> torch.autocast:
-    """bfloat16 autocast where the hardware multiplies in it; elsewhere a context that does nothing."""
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=has)
+    """bfloat16 autocast where the hardware has it; elsewhere a context that does nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def attention(device: torch.device):

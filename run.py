@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -354,8 +355,9 @@ def rerank_pointwise(run: Run, teacher, folder: Path) -> None:
     share = run.ranks.share(len(found["queries"]))
     qids = [run.train_ids[q] for q in found["queries"]]
     rows = np.array([with_positive(found["positions"][r], run.positives[qids[r]]) for r in range(len(qids))])
-    items = [(run.data.queries[qids[r]], run.data.passages[p]) for r in share for p in rows[r]]
-    scores = run.ranks.gather(torch.from_numpy(teacher.score(items).reshape(len(share), -1))).numpy()
+    items = ((run.data.queries[qids[r]], run.data.passages[p]) for r in share for p in rows[r])
+    scores = teacher.score(items, rows[share.start:share.stop].size).reshape(len(share), rows.shape[1])
+    scores = run.ranks.gather(torch.from_numpy(scores)).numpy()
     run.save(folder / "pointwise.npz", dict(queries=found["queries"], positions=rows, scores=scores))
 
 
@@ -387,10 +389,10 @@ def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
     text = run.text([run.train_ids[q] for q in queries])
     r, n = np.nonzero(pairs[share.start:share.stop, :, 0] >= 0)
     r += share.start
-    items = [(text[a], run.data.passages[passages[a, i]], run.data.passages[passages[a, j]])
-             for a, (i, j) in zip(r, pairs[r, n])]
+    items = ((text[a], run.data.passages[passages[a, i]], run.data.passages[passages[a, j]])
+             for a, (i, j) in zip(r, pairs[r, n]))
     asked = np.full((len(share), c.n_pairs, 2), np.nan, np.float32)
-    asked[r - share.start, n] = teacher.ask(items)
+    asked[r - share.start, n] = teacher.ask(items, len(r))
     asked = run.ranks.gather(torch.from_numpy(asked)).numpy()
     real = pairs[..., 0] >= 0
     probs = np.zeros(real.shape, np.float32)
@@ -491,13 +493,14 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
     c, found = run.config, np.load(folder / "evaluated.npz")["positions"]
     share, depth = run.ranks.share(len(found)), min(c.rerank, found.shape[1])
     mine, text, passages = found[share.start:share.stop, :depth], run.text(run.eval_ids), run.data.passages
-    scores = pointwise.score([(text[r], passages[p]) for r, row in zip(share, mine) for p in row]).reshape(mine.shape)
+    items = ((text[r], passages[p]) for r, row in zip(share, mine) for p in row)
+    scores = pointwise.score(items, mine.size).reshape(mine.shape)
     order = np.argsort(-scores, axis=1, kind="stable")
     by_point = np.take_along_axis(mine, order, 1)
     n = min(c.rerank_pairs, depth)
     i, j = np.triu_indices(n, 1)
-    p = pairwise.prefer([(text[r], passages[row[a]], passages[row[b]]) for r, row in zip(share, by_point) for a, b in zip(i, j)])
-    p = p.reshape(len(mine), len(i))
+    items = ((text[r], passages[row[a]], passages[row[b]]) for r, row in zip(share, by_point) for a, b in zip(i, j))
+    p = pairwise.prefer(items, len(mine) * len(i)).reshape(len(mine), len(i))
     wins = np.zeros((len(mine), n))
     for column, (a, b) in enumerate(zip(i, j)):
         wins[:, a] += p[:, column]
@@ -518,6 +521,7 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
 
 def iterate(config: Config, preset: str, ranks) -> None:
     """Section 4.3, one call a stage."""
+    import torch
     from teachers import Cache, load_pairwise, load_pointwise
     run = Run(config, preset, ranks)
     folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
@@ -550,15 +554,15 @@ def iterate(config: Config, preset: str, ranks) -> None:
             specs[role] = str(run.out / "teachers" / role)
             run.stage(0, "fit " + role, Path(specs[role]) / "model.safetensors", lambda: train_teacher(run, role, folders[0]),
                       lambda: teacher_accuracy(run, role))
-    cache = Cache(run.out / "teachers", ranks.rank)
+    cache = Cache(run.out / "teachers", f"scores{os.environ.get('GROUP_RANK', '0')}")  # torchrun's number of the machine
     show = lambda name: f"  {name}" if ranks.first else None
     pointwise = load_pointwise(specs["pointwise"], device=ranks.device, cache=cache, desc=show("pointwise"))
     pairwise = load_pairwise(specs["pairwise"], config.orders, device=ranks.device, cache=cache, desc=show("pairwise"))
 
     def from_cache() -> str:
-        text = f"{cache.found:,} of {cache.asked:,} scores on rank 0 from the cache"
+        asked, found = ranks.gather(torch.tensor([[cache.asked, cache.found]])).sum(0).tolist()
         cache.found = cache.asked = 0
-        return text
+        return f"{found:,} of {asked:,} scores ({found / max(asked, 1):.0%}) from the cache"
 
     def rerank(t: int) -> None:
         path = folders[t] / "reranked.json"
@@ -682,6 +686,9 @@ def main(argv: list[str]) -> int:
         import transformers
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        warnings.formatwarning = lambda message, *_: f"  {message}\n"
+        if not me.first:
+            warnings.simplefilter("ignore")
         iterate(config, preset, me)
         me.close()
         return 0

@@ -14,12 +14,22 @@ and a sequence is read in one of two ways:
 A pairwise model has a bias for a place, so both orders are asked and averaged: p = (p_ij + 1 - p_ji) / 2. # OURS: the
 authors ask (i, j) only, always with the better-ranked passage first.
 
+    python teachers.py SPEC --bench         how fast a teacher is here, and what the paper's run would cost with it
+
 A classifier trained from scratch on a few thousand labels learns little from words alone. Ours marks, by token type, which
 tokens of the query stand in which passage and the reverse (the idea of MarkedBERT, Boualili et al. 2020).
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
+import itertools
+import sqlite3
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from pairdistill import LEVELS, MARKS, Batches, cannot_load, digest, fit, half
-from ranks import Ranks
+from pairdistill import LEVELS, MARKS, Batches, cannot_load, digest, fit, has_bfloat16
+from ranks import Ranks, refuse
 
 TEMPLATES = {  # (role, family): prompt, the answer that speaks for the (first) passage, the other one
     ("pointwise", "t5"): ("Query: {q} Document: {d0} Relevant:", "true", "false"),
@@ -55,6 +65,11 @@ class Classifier(nn.Module):
         self.query_length = getattr(config, "query_length", 64)
         self.passage_length = getattr(config, "passage_length", self.max_length)
         self.match = getattr(config, "match_types", False)
+        if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+            raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no [CLS] and [SEP], which a classifier is asked with")
+        # One token between two texts, or two as in RoBERTa.
+        self.between = [tokenizer.sep_token_id] * (tokenizer.num_special_tokens_to_add(pair=True) - 2)
+        self.cut = 0  # passages that were longer than what is read of them
 
     def sequences(self, items: list[tuple[str, ...]]) -> list[tuple[list[int], list[int]]]:
         """(query, passage, …) -> (ids, segment of each token: 0 query, 1 and 2 passages). All passages are cut alike."""
@@ -65,13 +80,15 @@ class Classifier(nn.Module):
         out = []
         for query, *passages in items:
             q = known[query][:self.query_length]
-            budget = min(self.passage_length, (self.max_length - len(q) - 2 - len(passages)) // len(passages))
-            ids, segments = [t.cls_token_id, *q, t.sep_token_id], [0] * (len(q) + 2)
+            room = self.max_length - len(q) - 2 - len(self.between) * len(passages)
+            budget = min(self.passage_length, room // len(passages))
+            self.cut += sum(len(known[passage]) > budget for passage in passages)
+            ids, segments = [t.cls_token_id, *q], [0] * (len(q) + 1)
             for n, passage in enumerate(passages, 1):
                 p = known[passage][:budget]
-                ids += [*p, t.sep_token_id]
-                segments += [n] * (len(p) + 1)
-            out.append((ids, segments))
+                ids += [*self.between, *p]
+                segments += [n - 1] * len(self.between) + [n] * len(p)
+            out.append((ids + [t.sep_token_id], segments + [len(passages)]))
         return out
 
     def forward(self, batch: list[tuple[list[int], list[int]]]) -> torch.Tensor:
@@ -97,7 +114,7 @@ class Classifier(nn.Module):
         types = torch.where(segments == 0, query, 4 * segments.clamp(min=0) + in_segment[0].long())
         # How much: the mean over the query's words of the closest word of the passage, by the model's own word vectors.
         # scratch_encoder numbers tokens from frequent to rare: the logarithm of the number weights a word by its rarity.
-        vectors = F.normalize(self.model.get_input_embeddings().weight.detach()[ids], dim=-1)
+        vectors = F.normalize(self.model.get_input_embeddings().weight.detach()[ids].float(), dim=-1)
         similarity = vectors @ vectors.transpose(1, 2)
         weight = ids.float().log1p() * (word & (segments == 0))
         holds = []
@@ -124,6 +141,7 @@ class Prompted(nn.Module):
                 raise ValueError(f"{tokenizer.name_or_path}: the answer {answer!r} is {len(ids)} tokens, not one, so its "
                                  f"probability cannot be read from one position: this model cannot be this teacher")
             self.answers += ids
+        self.cut = 0  # passages that were longer than what is read of them
 
     def _prompt(self, item: tuple[str, ...]) -> str:
         query, *passages = item
@@ -142,6 +160,7 @@ class Prompted(nn.Module):
             if len(ids[n]) <= self.max_length:
                 continue
             query, *passages = item
+            self.cut += len(passages)
             frame = len(encode([self._prompt((query, *[""] * len(passages)))])[0])
             budget = (self.max_length - frame) // len(passages)
             while len(ids[n]) > self.max_length and budget > 0:  # a cut text can have a token more than it was cut to
@@ -172,104 +191,167 @@ class Prompted(nn.Module):
             positions = (attended.cumsum(1) - 1).clamp(min=0)
             logits = self.model(input_ids=ids, attention_mask=attended, position_ids=positions,
                                 logits_to_keep=1).logits[:, -1]
-        yes, no = self.answers
-        return logits[:, yes].float() - logits[:, no].float()
+        return logits[:, 0] - logits[:, 1]  # of the answers alone: answer_in_float32
 
 
-def _load(spec: str, role: str, device: torch.device) -> nn.Module:
+def answer_in_float32(head: nn.Linear, rows: list[int]) -> nn.Linear:
+    """These rows of a model's last layer, in float32 whatever the layers before it are in: bfloat16 goes by steps of 1/16
+    at a logit of 10. Of a language model's vocabulary only the two answers are left to compute."""
+    answer = nn.Linear(head.in_features, len(rows), head.bias is not None, head.weight.device, torch.float32)
+    answer.load_state_dict({name: tensor[rows].float() for name, tensor in head.state_dict().items()})
+    answer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return answer
+
+
+def _load(spec: str, role: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """spec may begin with t5: or instruct:, which says how a language model is asked where its name does not."""
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
                               AutoModelForSequenceClassification, AutoTokenizer)
+    given, _, rest = spec.partition(":")
+    given, spec = (given, rest) if given in ("t5", "instruct") else ("", spec)
+    # Float16 overflows in T5; bfloat16 does not.
+    dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
     try:
-        config = AutoConfig.from_pretrained(spec)
-        tokenizer = AutoTokenizer.from_pretrained(spec)
-        kind = (config.architectures or [""])[0]
-        if "SequenceClassification" in kind:
-            auto = AutoModelForSequenceClassification
-        elif config.is_encoder_decoder:
-            auto = AutoModelForSeq2SeqLM
-        elif "CausalLM" in kind or "ConditionalGeneration" in kind:
-            auto = AutoModelForCausalLM
-        else:
-            raise ValueError(f"a {kind or config.model_type} has no head that scores text: it is no {role} teacher")
-        # Float16 overflows in T5; bfloat16 does not, and scores are read in float32.
-        model = auto.from_pretrained(spec, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        config, tokenizer = AutoConfig.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
     except (OSError, ValueError, ImportError) as e:
         raise ValueError(cannot_load(spec, e)) from e
-    model.to(device).eval()
-    if auto is AutoModelForSequenceClassification:
+    kind = (config.architectures or [""])[0]
+    if "SequenceClassification" in kind:
+        auto, trained_for = AutoModelForSequenceClassification, getattr(config, "teacher_role", "pointwise")
         if config.num_labels != 1:
             raise ValueError(f"{spec}: a {role} teacher is a classifier with one output, this one has {config.num_labels}")
-        return Classifier(model, tokenizer)
-    name = spec.lower()
-    family = "t5" if ("monot5" in name or "duot5" in name) else "instruct"
-    if family == "t5" and ("duot5" in name) != (role == "pairwise"):
+        if trained_for != role:
+            raise ValueError(f'{spec} is a {trained_for} classifier, not a {role} one ("teacher_role" in its config.json)')
+    elif config.is_encoder_decoder:
+        auto = AutoModelForSeq2SeqLM
+    elif "CausalLM" in kind or "ConditionalGeneration" in kind:
+        auto = AutoModelForCausalLM
+    else:
+        raise ValueError(f"{spec}: a {kind or config.model_type} has no head that scores text, so it is no {role} teacher; "
+                         f"train:{spec} makes one of it")
+    name = Path(spec).name.lower()
+    family = given or ("t5" if "monot5" in name or "duot5" in name else "instruct")
+    if "duot5" in name and role == "pointwise" or "monot5" in name and role == "pairwise":
         raise ValueError(f"{spec} is a {'pairwise' if 'duot5' in name else 'pointwise'} reranker, not a {role} one")
-    return Prompted(model, tokenizer, role, family)
+    try:
+        model = auto.from_pretrained(spec, dtype=dtype).to(device).eval()
+    except (OSError, ValueError, ImportError) as e:
+        raise ValueError(cannot_load(spec, e)) from e
+    if auto is AutoModelForSequenceClassification:
+        where, head = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+        model.set_submodule(where, answer_in_float32(head, [0]))
+        return Classifier(model, tokenizer)
+    reader = Prompted(model, tokenizer, role, family)
+    model.set_output_embeddings(answer_in_float32(model.get_output_embeddings(), reader.answers))
+    return reader
 
 
 # Teachers -----------------------------------------------------------------------------------------------------------
 
+WINDOW = 8192  # sequences that are sorted by length together
+
+
 class Teacher:
     """Logits of sequences, each computed once: batches of similar length, and a cache that outlives the process."""
 
-    def __init__(self, reader: nn.Module, identity: str, cache: "Cache | None" = None, batch_tokens: int = 8192,
-                 desc: str | None = None):
-        self.reader, self.identity, self.cache, self.batch_tokens, self.desc = reader, identity, cache, batch_tokens, desc
+    def __init__(self, reader: nn.Module, identity: str, cache: "Cache | None" = None, desc: str | None = None):
+        self.reader, self.identity, self.cache, self.desc = reader, identity, cache, desc
+        self.batch_tokens = 8192 if reader.model.device.type == "cpu" else 32768
+        self.asked = self.empty = self.tokens = self.padding = 0
+        self.warned = False
 
-    def logits(self, items: list[tuple[str, ...]]) -> np.ndarray:
-        """(query, passage, …) -> float32 [n]. Raises ValueError where the model returns NaN."""
-        keys = None
-        scores = np.full(len(items), np.nan, dtype=np.float32)
-        if self.cache:
-            keys = self.cache.keys(self.identity, items)
-            scores = self.cache.get(keys)
-        missing = np.flatnonzero(np.isnan(scores))
-        # Long blocks make batches of even length, short ones lose less when the process is killed.
-        with tqdm(total=len(missing), desc=self.desc, disable=self.desc is None, leave=False, mininterval=1.0) as bar:
-            for start in range(0, len(missing), 8192):
-                block = missing[start:start + 8192]
-                scores[block] = self._compute([items[n] for n in block], bar)
-                if self.cache:
-                    self.cache.add(keys[block], scores[block])
-        return scores
+    def logits(self, items: Iterable[tuple[str, ...]], total: int | None = None) -> np.ndarray:
+        """(query, passage, …) -> float32 [n]; `items` may be a generator of any length, of `total` items.
+
+        Raises ValueError where the model returns NaN. What is computed is in the cache as soon as its batch is done.
+        """
+        items, out, recent = iter(items), [np.empty(0, np.float32)], {}
+        windows = iter(lambda: list(itertools.islice(items, WINDOW)), [])
+        with tqdm(total=total, desc=self.desc, disable=self.desc is None, leave=False, mininterval=1.0) as bar, \
+                ThreadPoolExecutor(1) as beside:  # which tokenizes a window while the one before it is computed
+            ahead = (beside.submit(self._prepare, window) for window in windows)
+            coming = next(ahead, None)
+            while coming:
+                keys, known, missing, sequences = coming.result()
+                coming = next(ahead, None)
+                known.update((key, recent[key]) for key in missing if key in recent)  # the same text a window ago
+                todo = [n for n, key in enumerate(missing) if key not in known]
+                recent = {}
+                for batch, scores in self._compute([(missing[n], sequences[n]) for n in todo], bar):
+                    recent.update(zip(batch, scores))
+                    if self.cache is not None:
+                        self.cache.add(batch, scores)
+                known.update(recent)
+                out.append(np.array([known[key] for key in keys], np.float32))
+                bar.update(len(keys) - len(todo))
+        self._warn()
+        return np.concatenate(out)
+
+    def _prepare(self, items: list[tuple[str, ...]]) -> tuple[list, dict, list, list]:
+        """keys of all, {key: score} of those in the cache, keys of the others (each once), and their sequences"""
+        self.asked += len(items)
+        self.empty += sum(not all(map(str.strip, item)) for item in items)
+        keys = [key_of(self.identity, item) for item in items]
+        known = self.cache.get(keys) if self.cache is not None else {}
+        missing = {key: item for key, item in zip(keys, items) if key not in known}
+        return keys, known, list(missing), self.reader.sequences(list(missing.values()))
 
     @torch.inference_mode()
-    def _compute(self, items: list[tuple[str, ...]], bar: tqdm) -> np.ndarray:
-        sequences = self.reader.sequences(items)
-        order = sorted(range(len(items)), key=lambda n: -len(sequences[n][0]))  # longest first: memory fails at once
-        out = np.empty(len(items), dtype=np.float32)
-        while order:
-            n = max(1, self.batch_tokens // len(sequences[order[0]][0]))
-            batch, order = order[:n], order[n:]
-            with half(self.reader.model.device):
-                out[batch] = self.reader([sequences[i] for i in batch]).cpu().numpy()
+    def _compute(self, todo: list[tuple[bytes, tuple]], bar: tqdm) -> Iterator[tuple[list[bytes], list[float]]]:
+        """(key, sequence), … -> batches of (keys, scores)"""
+        todo = sorted(todo, key=lambda x: -len(x[1][0]))  # longest first: memory fails at once
+        while todo:
+            longest = len(todo[0][1][0])
+            batch = todo[:max(1, self.batch_tokens // longest)]
+            try:
+                scores = self.reader([sequence for _, sequence in batch]).float().cpu()
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.batch_tokens = len(batch) * longest // 2
+                continue
+            if scores.isnan().any():
+                raise ValueError(f"the teacher {self.identity} returned NaN: its weights are damaged, or overflow in "
+                                 f"{self.reader.model.dtype}; nothing of this batch was kept, all before it was")
+            self.tokens += (real := sum(len(sequence[0]) for _, sequence in batch))
+            self.padding += len(batch) * longest - real
+            todo = todo[len(batch):]
             bar.update(len(batch))
-        if np.isnan(out).any():
-            raise ValueError(f"the teacher {self.identity} returned NaN for the query {items[int(np.isnan(out).argmax())][0][:80]!r}")
-        return out
+            yield [key for key, _ in batch], scores.tolist()
+
+    def _warn(self) -> None:
+        """Once for each teacher: what of the texts it did not see."""
+        role, cut = self.identity.split()[0], self.reader.cut
+        if self.empty and not self.warned:
+            warnings.warn(f"{role} teacher: {self.empty:,} of {self.asked:,} items have an empty text, and were scored as "
+                          f"they are", stacklevel=4)
+        if cut and not self.warned:
+            warnings.warn(f"{role} teacher: {cut:,} passages of {self.asked:,} items were longer than it reads, and were cut "
+                          f"at their end", stacklevel=4)
+        self.warned = self.warned or bool(self.empty or cut)
 
 
 class Pointwise(Teacher):
-    def score(self, items: list[tuple[str, str]]) -> np.ndarray:
-        """[(query, passage), …] -> float32 [n]: raw logits"""
-        return self.logits(items)
+    def score(self, items: Iterable[tuple[str, str]], total: int | None = None) -> np.ndarray:
+        """(query, passage), … -> float32 [n]: raw logits"""
+        return self.logits(items, total)
 
 
 class Pairwise(Teacher):
     orders: str = "both"
 
-    def ask(self, items: list[tuple[str, str, str]]) -> np.ndarray:
-        """[(query, d_i, d_j), …] -> float32 [n, 2]: P(d_i > d_j) as asked in this order, and P(d_j > d_i) as asked in
+    def ask(self, items: Iterable[tuple[str, str, str]], total: int | None = None) -> np.ndarray:
+        """(query, d_i, d_j), … -> float32 [n, 2]: P(d_i > d_j) as asked in this order, and P(d_j > d_i) as asked in
         the other one; with orders="one" the second is 1 minus the first."""
-        forward = 1 / (1 + np.exp(-self.logits(items).astype(np.float64)))
-        if self.orders == "one":
-            return np.stack([forward, 1 - forward], 1).astype(np.float32)
-        backward = 1 / (1 + np.exp(-self.logits([(q, dj, di) for q, di, dj in items]).astype(np.float64)))
-        return np.stack([forward, backward], 1).astype(np.float32)
+        if self.orders == "both":
+            items = (asked for q, d_i, d_j in items for asked in ((q, d_i, d_j), (q, d_j, d_i)))
+        n = 2 if self.orders == "both" else 1
+        p = 1 / (1 + np.exp(-self.logits(items, total and n * total).astype(np.float64).reshape(-1, n)))
+        return (p if n == 2 else np.concatenate([p, 1 - p], 1)).astype(np.float32)
 
-    def prefer(self, items: list[tuple[str, str, str]]) -> np.ndarray:
-        """[(query, d_i, d_j), …] -> float32 [n]: P(d_i > d_j | q)"""
-        return preference(self.ask(items))
+    def prefer(self, items: Iterable[tuple[str, str, str]], total: int | None = None) -> np.ndarray:
+        """(query, d_i, d_j), … -> float32 [n]: P(d_i > d_j | q)"""
+        return preference(self.ask(items, total))
 
 
 def preference(asked: np.ndarray) -> np.ndarray:
@@ -285,83 +367,87 @@ def _identity(spec: str, model: nn.Module) -> str:
     return f"{spec}@{getattr(model.config, '_commit_hash', None)}"
 
 
-def load_pointwise(spec: str, *, device="cpu", cache: "Cache | None" = None, desc: str | None = None) -> Pointwise:
-    """A cross-encoder, monoT5 or instruction LLM by Hub name or local folder. Raises ValueError in one sentence."""
-    reader = _load(spec, "pointwise", torch.device(device))
-    return Pointwise(reader, "pointwise " + _identity(spec, reader.model), cache, desc=desc)
+def load_pointwise(spec: str, *, device="cpu", cache: "Cache | None" = None, desc: str | None = None,
+                   dtype: torch.dtype | None = None) -> Pointwise:
+    """A cross-encoder, monoT5 or instruction LLM by Hub name or local folder. Raises ValueError in one sentence.
+
+    dtype: of the weights; None: bfloat16 where the hardware multiplies in it, else float32. Scores are float32 in both.
+    """
+    reader = _load(spec, "pointwise", torch.device(device), dtype)
+    return Pointwise(reader, "pointwise " + _identity(spec, reader.model), cache, desc)
 
 
-def load_pairwise(spec: str, orders: str = "both", *, device="cpu", cache: "Cache | None" = None,
-                  desc: str | None = None) -> Pairwise:
-    """A pair classifier, duoT5 or instruction LLM by Hub name or local folder. Raises ValueError in one sentence."""
+def load_pairwise(spec: str, orders: str = "both", *, device="cpu", cache: "Cache | None" = None, desc: str | None = None,
+                  dtype: torch.dtype | None = None) -> Pairwise:
+    """A pair classifier, duoT5 or instruction LLM, as above."""
     if orders not in ("both", "one"):
         raise ValueError(f"orders {orders!r}: it is both or one")
-    reader = _load(spec, "pairwise", torch.device(device))
-    teacher = Pairwise(reader, "pairwise " + _identity(spec, reader.model), cache, desc=desc)
+    reader = _load(spec, "pairwise", torch.device(device), dtype)
+    teacher = Pairwise(reader, "pairwise " + _identity(spec, reader.model), cache, desc)
     teacher.orders = orders
     return teacher
 
 
 # Scores asked before ------------------------------------------------------------------------------------------------
 
-class Cache:
-    """Scores by a 128-bit digest of teacher and texts, appended to one file a rank, 20 bytes each.
+def key_of(identity: str, item: tuple[str, ...]) -> bytes:
+    """16 bytes: 8 for the teacher and the query, which keeps a query's rows together in the file, and 8 for all."""
+    digests = (hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+               for texts in ((identity, item[0]), (identity, *item)))
+    return b"".join(digests)
 
-    A row that was being written when the process died is cut off when the file is opened: that row is lost, no other.
-    In memory, rows are sorted by the first 64 bits; a row with the same first and other last bits is a miss, never wrong.
+
+class Cache:
+    """Scores by key_of, in an SQLite file that all ranks of a machine read and write.
+
+    A batch is one transaction: it is there as soon as it is computed, for every rank, and a process that is killed loses
+    the one that it was writing at most. SQLite keeps the rows on disk and a few megabytes of them in memory, whatever
+    their number. Several machines with one `--out` have a file each (`name`), as network disks do not lock reliably.
     """
 
-    ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("score", "<f4")])
+    def __init__(self, folder: str | Path, name: str = "scores"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.path, self.asked, self.found = Path(folder) / f"{name}.sqlite", 0, 0
+        # The teacher tokenizes, and so looks up, in a second thread; the library locks.
+        self.db = sqlite3.connect(self.path, timeout=600, isolation_level=None, check_same_thread=False)
+        self._run("PRAGMA journal_mode = WAL")  # readers and one writer at a time do not wait for one another
+        self._run("PRAGMA synchronous = NORMAL")
+        self._run("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
 
-    def __init__(self, folder: str | Path, rank: int = 0):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"rank{rank}.scores"
-        if self.path.exists():
-            whole = self.path.stat().st_size // self.ROW.itemsize * self.ROW.itemsize
-            with open(self.path, "r+b") as f:
-                f.truncate(whole)
-        rows = []
-        for path in sorted(folder.glob("rank*.scores")):  # every rank reads what all have written
-            data = path.read_bytes()
-            rows.append(np.frombuffer(data[:len(data) // self.ROW.itemsize * self.ROW.itemsize], self.ROW))
-        self.rows = np.sort(np.concatenate(rows), order="high") if rows else np.empty(0, self.ROW)
-        self.asked = self.found = 0
+    def _run(self, statement: str, *values) -> list[tuple]:
+        try:
+            return self.db.execute(statement, *values).fetchall()
+        except sqlite3.DatabaseError as e:
+            mend = ("free some space" if "full" in str(e) else
+                    "if it is damaged, remove it (its scores are then computed again)")
+            raise ValueError(f"the teachers' score cache {self.path}: {e}; {mend}, and start again") from e
 
-    @classmethod
-    def keys(cls, identity: str, items: list[tuple[str, ...]]) -> np.ndarray:
-        digests = b"".join(hashlib.blake2b("\0".join((identity, *item)).encode(), digest_size=16).digest() for item in items)
-        return np.frombuffer(digests, np.dtype([("high", "<u8"), ("low", "<u8")]))
-
-    def get(self, keys: np.ndarray) -> np.ndarray:
-        """float32 [n], NaN where the score was not asked before"""
-        scores = np.full(len(keys), np.nan, dtype=np.float32)
-        if len(self.rows):
-            at = np.searchsorted(self.rows["high"], keys["high"]).clip(max=len(self.rows) - 1)
-            hit = (self.rows["high"][at] == keys["high"]) & (self.rows["low"][at] == keys["low"])
-            scores[hit] = self.rows["score"][at[hit]]
+    def get(self, keys: list[bytes]) -> dict[bytes, float]:
+        """{key: score} of those that were asked before"""
+        known = {}
+        for start in range(0, len(keys), 1000):
+            some = keys[start:start + 1000]
+            known.update(self._run(f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(some))})", some))
         self.asked += len(keys)
-        self.found += int((~np.isnan(scores)).sum())
-        return scores
+        self.found += sum(key in known for key in keys)
+        return known
 
-    def add(self, keys: np.ndarray, scores: np.ndarray) -> None:
-        rows = np.empty(len(keys), self.ROW)
-        rows["high"], rows["low"], rows["score"] = keys["high"], keys["low"], scores
-        with open(self.path, "ab") as f:
-            f.write(rows.tobytes())
-        rows = np.sort(rows, order="high")
-        self.rows = np.insert(self.rows, np.searchsorted(self.rows["high"], rows["high"]), rows)
+    def add(self, keys: list[bytes], scores: list[float]) -> None:
+        rows = [value for row in zip(keys, scores) for value in row]
+        for start in range(0, len(rows), 2000):
+            some = rows[start:start + 2000]
+            self._run(f"INSERT OR REPLACE INTO scores VALUES {','.join(['(?, ?)'] * (len(some) // 2))}", some)
 
 
 # Training a teacher (section 4.1) -----------------------------------------------------------------------------------
 
-def _new_classifier(encoder: str | Path, device: torch.device, seed: int, query_length: int,
+def _new_classifier(encoder: str | Path, role: str, device: torch.device, seed: int, query_length: int,
                     passage_length: int) -> Classifier:
     """Any encoder with a new head of one output; matches are marked where it has token types for it."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     config = AutoConfig.from_pretrained(encoder, num_labels=1)
     config.match_types = getattr(config, "type_vocab_size", 0) >= MARKS + 2 * LEVELS
-    config.query_length, config.passage_length = query_length, passage_length
+    config.teacher_role, config.query_length, config.passage_length = role, query_length, passage_length
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
@@ -383,7 +469,7 @@ def train_pointwise(encoder: str | Path, groups: list[tuple[str, str, list[str]]
     Binary cross-entropy on triplets (q, d+, d-): a pointwise model's logit for "d+ is better" is s(q, d+) - s(q, d-).
     Returns [loss, accuracy] of every step.
     """
-    reader = _new_classifier(encoder, ranks.device, seed, query_length, passage_length)
+    reader = _new_classifier(encoder, "pointwise", ranks.device, seed, query_length, passage_length)
     batches = Batches(len(groups), batch, seed)
 
     def batch_terms(step: int) -> torch.Tensor:
@@ -413,7 +499,7 @@ def train_pairwise(encoder: str | Path, groups: list[tuple[str, str, list[str]]]
 
     Which of the two stands first is drawn for every example. Returns [loss, accuracy] of every step.
     """
-    reader = _new_classifier(encoder, ranks.device, seed, query_length, passage_length)
+    reader = _new_classifier(encoder, "pairwise", ranks.device, seed, query_length, passage_length)
     batches = Batches(len(groups), batch, seed)
 
     def batch_terms(step: int) -> torch.Tensor:
@@ -436,3 +522,54 @@ def train_pairwise(encoder: str | Path, groups: list[tuple[str, str, list[str]]]
         _save(reader, folder)
     ranks.barrier()
     return history
+
+
+# Measuring a teacher ------------------------------------------------------------------------------------------------
+
+PAPER = {"pointwise": (800_000 * 100, "800,000 queries x 100 passages"),
+         "pairwise": (800_000 * 50 * 2, "800,000 queries x 50 pairs x 2 orders")}
+
+
+def bench(teacher: Teacher, role: str, seconds: float = 20) -> str:
+    """Items and tokens a second on texts as long as MS MARCO's, and what the counts of the paper (section 5.2) come to."""
+    words = [w for token in teacher.reader.tokenizer.get_vocab() if (w := token.strip("▁Ġ")).isalpha() and w.isascii()]
+    draw, rng = lambda n: " ".join(rng.choice(words, n)), np.random.default_rng(0)
+    lengths = (71 * np.exp(0.42 * rng.standard_normal(WINDOW))).clip(8, 180).astype(int)  # log-normal, mean 77
+    passages = [draw(n) for n in lengths]
+    few = 64 if teacher.reader.model.device.type == "cpu" else WINDOW
+    n_passages, items, start = 1 if role == "pointwise" else 2, 0, None
+    while start is None or time.time() - start < seconds:
+        chosen = rng.integers(0, WINDOW, (few, n_passages))
+        teacher.logits([(draw(6), *(passages[p] for p in row)) for row in chosen])
+        if start is None:  # the first window warms up
+            start, teacher.tokens, teacher.padding, few = time.time(), 0, 0, max(few, 1024)
+        else:
+            items += few
+    spent = time.time() - start
+    n, counts = PAPER[role]
+    return (f"{items:,} items of {teacher.tokens / items:.0f} tokens in {spent:.1f} s on {teacher.reader.model.device}, "
+            f"{teacher.reader.model.dtype}: {items / spent:,.1f} items/s, {teacher.tokens / spent:,.0f} tokens/s, padding "
+            f"{teacher.padding / (teacher.tokens + teacher.padding):.1%}\n"
+            f"the paper's {counts} = {n / 1e6:.0f} million items: {n / (items / spent) / 3600:,.0f} hours on one such device")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="teachers.py", description=main.__doc__)
+    parser.add_argument("spec", help="Hub name or local folder")
+    parser.add_argument("--role", choices=PAPER, help="default: pairwise for a duoT5 or a pair classifier, else pointwise")
+    parser.add_argument("--bench", action="store_true", required=True, help="items and tokens a second, and the cost of the "
+                        "paper's run")
+    parser.add_argument("--seconds", type=float, default=20, help="how long to measure (default: 20)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(argv)
+    load = {"pointwise": load_pointwise, "pairwise": load_pairwise}
+    role = given.role or ("pairwise" if "duot5" in given.spec.lower() else "pointwise")
+    try:
+        print(f"{given.spec}, {role}: " + bench(load[role](given.spec, device=given.device), role, given.seconds))
+        return 0
+    except ValueError as e:
+        return refuse(e)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -7,13 +7,17 @@ import gzip
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -1037,11 +1041,19 @@ def test_a_trained_teacher_is_an_ordinary_checkpoint_that_loads_by_path(trained_
 
 def test_scores_do_not_depend_on_the_batch(trained_teachers):
     items = [(q, t) for q in ("cat", "the quick fox") for t in TEXTS[:6]]
-    together = teachers.load_pointwise(trained_teachers[0]).score(items)
-    teacher = teachers.load_pointwise(trained_teachers[0])
-    teacher.batch_tokens = 1
-    tolerance = 1e-5 if not torch.cpu._is_avx512_bf16_supported() else 3e-2
-    assert np.allclose(together, teacher.score(items), atol=tolerance, rtol=tolerance)
+    together = teachers.load_pointwise(trained_teachers[0], dtype=torch.float32)
+    one_by_one = teachers.load_pointwise(trained_teachers[0], dtype=torch.float32)
+    one_by_one.batch_tokens = 1
+    assert np.allclose(together.score(items), one_by_one.score(items), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_keeps_scores_in_float32(trained_teachers):
+    """A logit of the last layer in bfloat16 has 8 bits."""
+    items = [("cat", t) for t in TEXTS]
+    scores = teachers.load_pointwise(trained_teachers[0], dtype=torch.bfloat16).score(items)
+    exact = teachers.load_pointwise(trained_teachers[0], dtype=torch.float32).score(items)
+    assert np.allclose(scores, exact, atol=0.1, rtol=0.05)
+    assert (torch.from_numpy(scores).bfloat16().float().numpy() != scores).any()
 
 
 def test_asking_both_orders_makes_a_swapped_pair_exactly_one_minus_p(trained_teachers):
@@ -1054,7 +1066,7 @@ def test_asking_both_orders_makes_a_swapped_pair_exactly_one_minus_p(trained_tea
 
 
 def test_match_types_mark_the_words_that_stand_on_both_sides(encoder):
-    reader = teachers._new_classifier(encoder, torch.device("cpu"), 0, 8, 20)
+    reader = teachers._new_classifier(encoder, "pointwise", torch.device("cpu"), 0, 8, 20)
     (ids, segments), = reader.sequences([("cat bird", "the cat sat", "a bird sings")])
     types = reader._match_types(torch.tensor([ids]), torch.tensor([segments]))[0].tolist()
     middle = MARKS + 1.5 * LEVELS  # each passage holds one of the two words: [CLS] stands near the middle of its scale
@@ -1065,46 +1077,249 @@ def test_match_types_mark_the_words_that_stand_on_both_sides(encoder):
     assert of["[SEP]", 0] == 0 and of["[SEP]", 1] == 4 and of["[SEP]", 2] == 8
 
 
-def test_a_score_is_asked_once(trained_teachers, tmp_path, monkeypatch):
+class Stub(torch.nn.Module):
+    """A reader without a network: the logit is a function of the words; what it computes is kept in `log`."""
+
+    def __init__(self, log=None, pause: float = 0.0):
+        super().__init__()
+        self.model, self.log, self.pause, self.cut = types.SimpleNamespace(device=torch.device("cpu"), dtype="none"), log, pause, 0
+
+    def sequences(self, items):
+        return [(" ".join(item).split(), item) for item in items]
+
+    def forward(self, batch):
+        time.sleep(self.pause)
+        if self.log:
+            with open(self.log, "a") as f:
+                f.write("".join(" ".join(item) + "\n" for _, item in batch))
+        return torch.tensor([float(len(words)) for words, _ in batch])
+
+
+def test_a_score_is_asked_once(tmp_path):
     items = [("cat", t) for t in TEXTS[:6]]
-    first = teachers.load_pointwise(trained_teachers[0], cache=teachers.Cache(tmp_path)).score(items)
-    with open(tmp_path / "rank0.scores", "ab") as f:
-        f.write(b"half a row")  # as a killed process leaves it
-    cache = teachers.Cache(tmp_path, rank=0)
-    teacher = teachers.load_pointwise(trained_teachers[0], cache=cache)
-    monkeypatch.setattr(teacher, "_compute", lambda *_: pytest.fail("asked again"))
-    assert (teacher.score(items) == first).all() and cache.found == cache.asked == 6
-    monkeypatch.undo()
-    assert len(teacher.score(items + [("dogs", TEXTS[0])])) == 7 and len(cache.rows) == 7
-    # Another rank reads what this one wrote; another teacher finds nothing.
-    assert not np.isnan(teachers.Cache(tmp_path, rank=1).get(cache.keys(teacher.identity, items))).any()
-    assert np.isnan(cache.get(cache.keys("another", items))).all()
+    teacher = teachers.Teacher(Stub(tmp_path / "log"), "stub", teachers.Cache(tmp_path))
+    teacher.batch_tokens = 1
+    scores = teacher.logits(items + items[:2])  # a duplicate is no second question
+    assert scores.tolist() == [1 + len(t.split()) for _, t in items + items[:2]]
+    assert len((tmp_path / "log").read_text().splitlines()) == 6
+    # Another rank finds what this one has asked since both began; another teacher finds nothing.
+    cache = teachers.Cache(tmp_path)
+    again = teachers.Teacher(Stub(tmp_path / "log"), "stub", cache)
+    more = iter(items + [("dogs", TEXTS[0])])  # any iterable
+    assert again.logits(more, 7).tolist() == [*scores[:6], 1 + len(TEXTS[0].split())] and (cache.found, cache.asked) == (6, 7)
+    assert len((tmp_path / "log").read_text().splitlines()) == 7
+    assert cache.get([teachers.key_of("another", item) for item in items]) == {}
 
 
-def test_a_t5_teacher_reads_true_minus_false_of_one_decoder_step(tmp_path):
-    """The prompt reader against plain transformers calls, on a tiny random T5 with a vocabulary trained here."""
+def test_windows_of_any_number_of_items_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "WINDOW", 7)
+    items = [("q", "word " * int(n)) for n in np.random.default_rng(0).integers(1, 9, 40)]
+    log = tmp_path / "log"
+    scores = teachers.Teacher(Stub(log), "stub", teachers.Cache(tmp_path)).logits(iter(items))
+    assert scores.tolist() == [1 + len(t.split()) for _, t in items]
+    assert len(log.read_text().splitlines()) == len({t for _, t in items})
+
+
+def test_the_same_pair_the_other_way_round_is_no_new_question(tmp_path):
+    teacher = teachers.Pairwise(Stub(tmp_path / "log"), "stub", teachers.Cache(tmp_path))
+    first = teacher.ask([("cat", TEXTS[0], TEXTS[1])])
+    assert teacher.ask([("cat", TEXTS[1], TEXTS[0])]).tolist() == [first[0, ::-1].tolist()]
+    assert len((tmp_path / "log").read_text().splitlines()) == 2 and teacher.cache.found == 2
+
+
+def test_killed_at_ten_moments_no_score_is_lost_and_none_asked_twice(tmp_path):
+    items = [("query", f"passage {n}") for n in range(400)]
+
+    def work():
+        teacher = teachers.Teacher(Stub(tmp_path / "log", pause=0.004), "stub", teachers.Cache(tmp_path))
+        teacher.batch_tokens = 12  # four items
+        teacher.logits(items)
+
+    fork, draw = multiprocessing.get_context("fork"), np.random.default_rng(0)
+    for _ in range(10):
+        process = fork.Process(target=work)
+        process.start()
+        time.sleep(draw.uniform(0.01, 0.06))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    done = (tmp_path / "log").read_text().splitlines()
+    assert 0 < len(done) < 400
+    work()
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert len(set(asked)) == 400 and len(asked) - 400 <= 10 * 4  # of each kill, at most the batch in flight
+    cache = teachers.Cache(tmp_path)
+    keys = [teachers.key_of("stub", item) for item in items]
+    assert list(cache.get(keys)) and [cache.get([key])[key] for key in keys] == [3.0] * 400
+
+
+def test_batches_of_similar_length_have_little_padding():
+    draw = np.random.default_rng(0)
+    items = [(f"q{k}", "word " * int(n)) for k, n in enumerate((71 * np.exp(0.42 * draw.standard_normal(8192))).clip(8, 180))]
+    teacher = teachers.Teacher(Stub(), "stub")
+    teacher.logits(items)
+    assert teacher.padding < 0.05 * (teacher.tokens + teacher.padding)
+
+
+def test_what_a_teacher_cannot_do_is_said_in_one_sentence(trained_teachers, tmp_path, encoder):
+    from transformers import AutoConfig
+    point, pair = trained_teachers
+    for load, spec, message in (
+            (teachers.load_pairwise, point, "is a pointwise classifier, not a pairwise one"),
+            (teachers.load_pointwise, pair, "is a pairwise classifier, not a pointwise one"),
+            (teachers.load_pointwise, encoder, "a BertModel has no head that scores text, so it is no pointwise teacher"),
+            (teachers.load_pointwise, str(tmp_path / "nowhere"), "cannot load .*nowhere")):
+        with pytest.raises(ValueError, match=message):
+            load(spec)
+    two = shutil.copytree(point, tmp_path / "two")
+    config = AutoConfig.from_pretrained(point, num_labels=2)
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(two)
+    with pytest.raises(ValueError, match="one output, this one has 2"):
+        teachers.load_pointwise(str(two))
+    broken = teachers.load_pointwise(point, cache=teachers.Cache(tmp_path))
+    broken.reader.model.classifier.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="returned NaN"):
+        broken.score([("cat", TEXTS[0])])
+    assert broken.cache.get([teachers.key_of(broken.identity, ("cat", TEXTS[0]))]) == {}
+    (tmp_path / "bad.sqlite").write_text("no database " * 100)
+    with pytest.raises(ValueError, match="score cache .*bad.sqlite.*remove it"):
+        teachers.Cache(tmp_path, "bad")
+
+
+def test_an_empty_passage_and_one_that_is_cut_are_said_once(trained_teachers):
+    teacher = teachers.load_pointwise(trained_teachers[0])
+    with pytest.warns(UserWarning) as said:
+        teacher.score([("cat", ""), ("cat", "cat " * 50), ("cat", TEXTS[0])])
+    assert [str(w.message) for w in said] == [
+        "pointwise teacher: 1 of 3 items have an empty text, and were scored as they are",
+        "pointwise teacher: 1 passages of 3 items were longer than it reads, and were cut at their end"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.score([("dogs", "")])
+
+
+@pytest.mark.filterwarnings("ignore:.*cut at their end")
+def test_a_classifier_is_asked_as_transformers_asks_it(encoder, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    torch.manual_seed(0)
+    model, t = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1).eval(), AutoTokenizer.from_pretrained(encoder)
+    model.config.query_length, model.config.passage_length = 8, 20
+    items = [(q, d) for q in ("cat", "the quick fox") for d in TEXTS[:6]]
+    pairs = [(q, a, b) for (q, a), (_, b) in zip(items, items[1:])]
+    for role, load in (("pointwise", teachers.load_pointwise), ("pairwise", teachers.load_pairwise)):
+        model.config.teacher_role = role
+        model.save_pretrained(tmp_path / role)
+        t.save_pretrained(tmp_path / role)
+        teacher = load(str(tmp_path / role), dtype=torch.float32)
+        for item, score in zip(asked := items if role == "pointwise" else pairs, teacher.logits(asked)):
+            inputs = t(*item[:2], return_tensors="pt")
+            if role == "pairwise":  # [CLS] q [SEP] d_i [SEP] d_j [SEP]
+                second = t(item[2], add_special_tokens=False, return_tensors="pt")["input_ids"]
+                ids = torch.cat([inputs["input_ids"], second, inputs["input_ids"][:, -1:]], 1)
+                inputs = dict(input_ids=ids, token_type_ids=F.pad(inputs["token_type_ids"], (0, second.shape[1] + 1)))
+            with torch.inference_mode():
+                assert abs(score - float(model(**inputs).logits)) < 1e-5
+
+
+def sentencepiece_files(folder):
     import sentencepiece
+    (folder / "text").write_text("\n".join(
+        TEXTS * 5 + ["Query Document Document0 Document1 Relevant true false Yes No A B : 0 1 ? ' ( ) . , Is Which Answer"] * 9))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "spiece"), vocab_size=120, hard_vocab_limit=False, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, user_defined_symbols=[f"▁{w}" for w in ("true", "false", "Yes", "No", "A", "B")])
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A tiny T5 with random weights and a sentencepiece vocabulary, as a folder that is asked as duoT5."""
     from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
-    (tmp_path / "text").write_text("\n".join(TEXTS * 5 + ["Query Document Document0 Document1 Relevant true false : 0 1"] * 9))
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"),
-                                             vocab_size=110, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-                                             user_defined_symbols=["▁true", "▁false"], minloglevel=2)
-    tokenizer = T5Tokenizer.from_pretrained(tmp_path)
+    folder = tmp_path_factory.mktemp("t5")
+    sentencepiece_files(folder)
+    tokenizer = T5Tokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=64, num_layers=1, num_heads=2,
                                                 d_kv=16, decoder_start_token_id=0)).eval()
-    reader = teachers.Prompted(model, tokenizer, "pairwise", "t5", max_length=60)
-    pairs = [("cat", TEXTS[0], TEXTS[1]), ("birds sing", TEXTS[2], TEXTS[5])]
-    scores = teachers.Teacher(reader, "tiny").logits(pairs)
-    true, false = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("true", "false"))
-    for score, (q, a, b) in zip(scores, pairs):
-        ids = tokenizer(f"Query: {q} Document0: {a} Document1: {b} Relevant:", return_tensors="pt")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder), model, tokenizer
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 8192], ids=["one by one", "batched"])
+@pytest.mark.parametrize("family, role, prompt, answers", [
+    ("t5", "pointwise", "Query: {} Document: {} Relevant:", ("true", "false")),
+    ("t5", "pairwise", "Query: {} Document0: {} Document1: {} Relevant:", ("true", "false")),
+    ("instruct", "pointwise", "Is the document relevant to the query (Yes or No)?\nQuery: {}\nDocument: {}", ("Yes", "No")),
+    ("instruct", "pairwise", "Which document is more relevant to the query? Answer only 'A' or 'B'.\nQuery: {}\n"
+                             "Document A: {}\nDocument B: {}", ("A", "B")),
+])
+def test_a_t5_is_asked_as_transformers_asks_it(t5, family, role, prompt, answers, batch_tokens):
+    folder, model, tokenizer = t5
+    teacher = dict(pointwise=teachers.load_pointwise, pairwise=teachers.load_pairwise)[role](f"{family}:{folder}", dtype=torch.float32)
+    teacher.batch_tokens = batch_tokens
+    items = [("cat", *TEXTS[:2]), ("birds sing", TEXTS[2], TEXTS[5]), ("the quick fox", TEXTS[3], TEXTS[0])]
+    items = items if role == "pairwise" else [item[:2] for item in items]
+    first, second = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in answers)
+    for score, item in zip(teacher.logits(items), items):
+        ids = tokenizer(prompt.format(*item), return_tensors="pt")
         with torch.inference_mode():
             logits = model(**ids, decoder_input_ids=torch.tensor([[0]])).logits[0, -1]
-        assert abs(score - float(logits[true] - logits[false])) < (1e-5 if not torch.cpu._is_avx512_bf16_supported() else 0.05)
-    long, = reader.sequences([("cat", TEXTS[4] * 9, TEXTS[5] * 9)])
+        assert abs(score - float(logits[first] - logits[second])) < 1e-5
+
+
+def test_a_long_prompt_keeps_its_end_and_both_passages_are_cut_alike(t5):
+    folder, _, tokenizer = t5
+    teacher = teachers.load_pairwise("t5:" + folder, dtype=torch.float32)
+    teacher.reader.max_length = 60
+    (ids, _), = teacher.reader.sequences([("cat", TEXTS[4] * 9, TEXTS[5] * 9)])
     end = tokenizer("Relevant:", add_special_tokens=True)["input_ids"]
-    assert len(long[0]) <= 60 and long[0][-len(end):] == end  # passages are cut, never the end of the prompt
+    text = tokenizer.decode(ids)
+    first, second = (tokenizer(x.split(":", 1)[1])["input_ids"] for x in text.replace("Relevant", "Document").split("Document")[1:3])
+    assert 50 < len(ids) <= 60 and ids[-len(end):] == end and abs(len(first) - len(second)) <= 2
+
+
+def test_an_answer_of_more_than_one_token_is_refused(t5):
+    folder, _, tokenizer = t5
+    with pytest.raises(ValueError, match="the answer 'true and false' is .* tokens, not one"):
+        teachers.TEMPLATES["pointwise", "long"] = ("{q} {d0}", "true and false", "No")
+        try:
+            teachers.Prompted(None, tokenizer, "pointwise", "long")
+        finally:
+            del teachers.TEMPLATES["pointwise", "long"]
+
+
+@pytest.mark.parametrize("role", ["pointwise", "pairwise"])
+def test_a_chat_model_is_asked_by_its_template(tmp_path, encoder, role):
+    """Decoder-only: padded on the left, the answer is read at the last position of the generation prompt."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer.add_tokens(["yes", "no", "a", "b"])
+    tokenizer.chat_template = "{% for m in messages %}[CLS] {{ m.content }} [SEP]{% endfor %}{% if add_generation_prompt %} the{% endif %}"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=2, num_key_value_heads=1)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    teacher = dict(pointwise=teachers.load_pointwise, pairwise=teachers.load_pairwise)[role](str(tmp_path), dtype=torch.float32)
+    items = [("cat", TEXTS[0], TEXTS[1]), ("birds sing", TEXTS[2] * 3, TEXTS[5])]
+    template, *answers = teachers.TEMPLATES[role, "instruct"]
+    first, second = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in answers)
+    items = items if role == "pairwise" else [item[:2] for item in items]
+    for score, (q, *passages) in zip(teacher.logits(items), items):
+        content = template.format(q=q, **{f"d{n}": p for n, p in enumerate(passages)})
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        with torch.inference_mode():
+            logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)).logits[0, -1]
+        assert abs(score - float(logits[first] - logits[second])) < 1e-5
+
+
+def test_bench_prints_rates_and_the_cost_of_the_papers_run(trained_teachers):
+    done = subprocess.run([sys.executable, "teachers.py", trained_teachers[0], "--bench", "--seconds", "0.2", "--device", "cpu"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"items/s, [\d,]+ tokens/s, padding [0-4]\.\d%\n.*80 million items: [\d,]+ hours", done.stdout)
+    done = subprocess.run([sys.executable, "teachers.py", "nowhere/nothing", "--bench"], capture_output=True, text=True)
+    assert done.returncode == 2 and "error: cannot load" in done.stderr and "Traceback" not in done.stderr
 
 
 # retrieve.py ---------------------------------------------------------------------------------------------------------
