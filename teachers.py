@@ -65,6 +65,7 @@ class Classifier(nn.Module):
         self.query_length = getattr(config, "query_length", 64)
         self.passage_length = getattr(config, "passage_length", self.max_length)
         self.match = getattr(config, "match_types", False)
+        self.prompt = f"[CLS] {self.query_length} [SEP] {self.passage_length} [SEP] {self.max_length}"
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
             raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no [CLS] and [SEP], which a classifier is asked with")
         # One token between two texts, or two as in RoBERTa.
@@ -142,6 +143,10 @@ class Prompted(nn.Module):
                                  f"probability cannot be read from one position: this model cannot be this teacher")
             self.answers += ids
         self.cut = 0  # passages that were longer than what is read of them
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.template} {self.max_length} {self.tokenizer.chat_template or ''}"
 
     def _prompt(self, item: tuple[str, ...]) -> str:
         query, *passages = item
@@ -256,6 +261,7 @@ class Teacher:
 
     def __init__(self, reader: nn.Module, identity: str, cache: "Cache | None" = None, desc: str | None = None):
         self.reader, self.identity, self.cache, self.desc = reader, identity, cache, desc
+        self.asks = f"{identity} {reader.prompt}"  # what a score in the cache depends on, beside the texts
         self.batch_tokens = 8192 if reader.model.device.type == "cpu" else 32768
         self.asked = self.empty = self.tokens = self.padding = 0
         self.warned = False
@@ -291,7 +297,7 @@ class Teacher:
         """keys of all, {key: score} of those in the cache, keys of the others (each once), and their sequences"""
         self.asked += len(items)
         self.empty += sum(not all(map(str.strip, item)) for item in items)
-        keys = [key_of(self.identity, item) for item in items]
+        keys = [key_of(self.asks, item) for item in items]
         known = self.cache.get(keys) if self.cache is not None else {}
         missing = {key: item for key, item in zip(keys, items) if key not in known}
         return keys, known, list(missing), self.reader.sequences(list(missing.values()))
@@ -390,10 +396,10 @@ def load_pairwise(spec: str, orders: str = "both", *, device="cpu", cache: "Cach
 
 # Scores asked before ------------------------------------------------------------------------------------------------
 
-def key_of(identity: str, item: tuple[str, ...]) -> bytes:
-    """16 bytes: 8 for the teacher and the query, which keeps a query's rows together in the file, and 8 for all."""
+def key_of(asks: str, item: tuple[str, ...]) -> bytes:
+    """16 bytes: 8 for the teacher with its prompt and the query, so that a query's rows lie together, and 8 for all."""
     digests = (hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
-               for texts in ((identity, item[0]), (identity, *item)))
+               for texts in ((asks, item[0]), (asks, *item)))
     return b"".join(digests)
 
 

@@ -1082,7 +1082,8 @@ class Stub(torch.nn.Module):
 
     def __init__(self, log=None, pause: float = 0.0):
         super().__init__()
-        self.model, self.log, self.pause, self.cut = types.SimpleNamespace(device=torch.device("cpu"), dtype="none"), log, pause, 0
+        self.model, self.log, self.pause = types.SimpleNamespace(device=torch.device("cpu"), dtype="none"), log, pause
+        self.prompt, self.cut = "prompt", 0
 
     def sequences(self, items):
         return [(" ".join(item).split(), item) for item in items]
@@ -1148,7 +1149,7 @@ def test_killed_at_ten_moments_no_score_is_lost_and_none_asked_twice(tmp_path):
     asked = (tmp_path / "log").read_text().splitlines()
     assert len(set(asked)) == 400 and len(asked) - 400 <= 10 * 4  # of each kill, at most the batch in flight
     cache = teachers.Cache(tmp_path)
-    keys = [teachers.key_of("stub", item) for item in items]
+    keys = [teachers.key_of("stub prompt", item) for item in items]
     assert list(cache.get(keys)) and [cache.get([key])[key] for key in keys] == [3.0] * 400
 
 
@@ -1180,7 +1181,7 @@ def test_what_a_teacher_cannot_do_is_said_in_one_sentence(trained_teachers, tmp_
     broken.reader.model.classifier.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="returned NaN"):
         broken.score([("cat", TEXTS[0])])
-    assert broken.cache.get([teachers.key_of(broken.identity, ("cat", TEXTS[0]))]) == {}
+    assert broken.cache.get([teachers.key_of(broken.asks, ("cat", TEXTS[0]))]) == {}
     (tmp_path / "bad.sqlite").write_text("no database " * 100)
     with pytest.raises(ValueError, match="score cache .*bad.sqlite.*remove it"):
         teachers.Cache(tmp_path, "bad")
@@ -1725,6 +1726,22 @@ def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path,
 
     message = refused(capsys, *command, "--lr", "0.5")
     assert "another configuration" in message and "lr (" in message
+
+
+@pytest.mark.filterwarnings("ignore:.*cut at their end")
+def test_teachers_are_trained_from_any_encoder_and_compared_without_an_iteration(tmp_path, capsys, encoder):
+    """Table 5: the retriever, and both teachers reranking it; with held-out accuracy."""
+    out = tmp_path / "run"
+    assert run.main(["--data", str(random_words_folder(tmp_path / "data")), "--out", str(out), *TINY, "--iters", "0",
+                     "--eval-queries", "10", "--pointwise", f"train:{encoder}", "--pairwise", f"train:{encoder}"]) == 0
+    printed = capsys.readouterr().out
+    assert "10 held-out queries" in printed and len(re.findall(r"in the right order: [\d.]+% of held-out pairs", printed)) == 2
+    rows = json.loads((out / "metrics.json").read_text())
+    assert [r["system"] for r in rows] == ["bm25", "student", "pointwise", "pairwise"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["teacher"] for r in log if "held_out" in r] == ["pointwise", "pairwise"]
+    config = json.loads((out / "teachers" / "pairwise" / "config.json").read_text())
+    assert config["teacher_role"] == "pairwise" and config["architectures"] == ["BertForSequenceClassification"]
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
