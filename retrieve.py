@@ -43,6 +43,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -62,6 +63,7 @@ PROBES, VISITS = 8, 128  # lists that a query token visits, and that a query vis
 QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
 SMALL = 1 << 19  # tokens of a corpus that is compared whole: its lists would save little time, and lose passages
 DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which stay in a cache
+MEASURED, DEPTH = 64, 100  # queries that a new index is measured by, and how many passages of each
 DTYPES = {"codes": np.uint8, "lists": np.uint16, "order": np.int32, "list_starts": np.int64, "offsets": np.int64,
           "centroids": np.float32, "codewords": np.float32}  # one raw file each; the manifest has their shapes
 
@@ -89,6 +91,13 @@ class Index:
         return json.loads(path.read_text()) if path.exists() else None
 
     @property
+    def measured(self) -> str:
+        """What build measured, in a line."""
+        m = self.manifest.get("measured")
+        return f"{self.bytes_per_token:.1f} bytes a token" + (
+            f", R@{m['k']} of exact search {m['recall']:.3f}, {m['queries_per_second']:,.0f} queries/s" if m else "")
+
+    @property
     def bytes_per_token(self) -> float:
         return sum(path.stat().st_size for path in self.folder.iterdir()) / max(len(self.codes), 1)
 
@@ -98,8 +107,12 @@ class Index:
     @torch.no_grad()
     def build(cls, student, passages: Sequence[str], folder: str | Path, *, passage_ids: Sequence[str] | None = None,
               student_digest: str | None = None, rank: int = 0, world: int = 1,
-              barrier: Callable[[], None] = lambda: None, seed: int = 0) -> "Index":
-        """Encodes, codes and stores `passages`. Every rank calls it with its rank; every rank gets the index."""
+              barrier: Callable[[], None] = lambda: None, seed: int = 0, queries: Sequence[str] = ()) -> "Index":
+        """Encodes, codes and stores `passages`. Every rank calls it with its rank; every rank gets the index.
+
+        queries: a sample of them, of which `measured` then says how the index does: how much of exact search on the
+        uncoded embeddings it finds, and how fast.
+        """
         folder = Path(folder)
         if not len(passages):
             raise ValueError(f"cannot build the index {folder}: there are no passages")
@@ -122,13 +135,16 @@ class Index:
         if rank == 0:
             _train(d_sample.float(), len(passages) / len(sample), partial, seed)
         barrier()  # without it a rank would read quantizers that are still being trained
-        _code_share(student, passages, partial, sample, d_sample, sample_lengths, rank, world)
+        asked = _encode_queries(student, list(queries[:MEASURED])) if len(queries) else None
+        _code_share(student, passages, partial, sample, d_sample, sample_lengths, rank, world, asked)
         barrier()  # without it rank 0 would merge a part that is still growing
         if rank == 0:
             _merge(partial, world, dict(format=FORMAT, student=student_digest, passages=len(passages), seed=seed,
                                         normalised=bool((d_sample.float().norm(dim=1) - 1).abs().max() < .01)))
             if passage_ids is not None:
                 (partial / "passage_ids.json").write_text(json.dumps(list(passage_ids)))
+            if asked:
+                _measure(cls.load(partial, student.device), *asked, partial, world)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
         barrier()  # without it a rank would open what is not there yet
@@ -409,8 +425,8 @@ def _nearest(d: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarray, d_sample: Tensor,
-                sample_lengths: Tensor, rank: int, world: int) -> None:
-    """Encodes and codes this rank's blocks of passages, into files of its own."""
+                sample_lengths: Tensor, rank: int, world: int, asked: tuple[Tensor, Tensor] | None) -> None:
+    """Encodes and codes this rank's blocks of passages, into files of its own; keeps the best of them for `asked`."""
     E, n_blocks, sample_bounds = d_sample.shape[1], -(-len(passages) // BLOCK), _bounds(sample_lengths)
     centroids = torch.from_numpy(np.fromfile(folder / "centroids", np.float32).reshape(-1, E)).to(student.device)
     quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
@@ -418,6 +434,8 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
     files = [open(folder / f"{name}.{rank}", "wb") for name in ("codes", "lists", "lengths")]
     bar = tqdm(total=len(passages) // world, desc="  index", unit=" passages", disable=rank > 0, leave=False,
                mininterval=1.0)
+    if asked:
+        best, places = torch.zeros(len(asked[0]), 0), torch.zeros(len(asked[0]), 0, dtype=torch.int64)
     for block in range(n_blocks * rank // world, n_blocks * (rank + 1) // world):
         numbers = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(passages)))
         first, last = np.searchsorted(sample, (numbers[0], numbers[-1] + 1))
@@ -427,10 +445,19 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
         codes = quantizer.compute_codes((d - centroids[nearest].cpu()).numpy())
         for file, array in zip(files, (codes, nearest.cpu().numpy().astype(np.uint16), lengths.numpy())):
             file.write(array.tobytes())
+        if asked:
+            q, q_mask = asked
+            scores = maxsim(q.float(), d.to(q.device), _bounds(lengths).int().to(q.device), q_mask).cpu()
+            best = torch.cat([best, scores], 1)
+            places = torch.cat([places, torch.from_numpy(numbers).expand(len(q), -1)], 1)
+            best, top = best.topk(min(DEPTH, best.shape[1]))
+            places = places.gather(1, top)
         bar.update(len(numbers))
     bar.close()
     for file in files:
         file.close()
+    if asked:
+        np.savez(folder / f"best.{rank}.npz", scores=best.numpy(), places=places.numpy())
 
 
 def _fill_in(student, passages: Sequence[str], numbers: np.ndarray, known: np.ndarray, d_known: Tensor,
@@ -465,6 +492,22 @@ def _merge(folder: Path, world: int, manifest: dict) -> None:
     manifest["shapes"] = dict(codes=[T, M], lists=[T], order=[T], list_starts=[K + 1], offsets=[len(lengths) + 1],
                               centroids=[K, M * CODED], codewords=[M, 256, CODED])
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _measure(index: Index, q: Tensor, q_mask: Tensor, folder: Path, world: int) -> None:
+    """Adds to the manifest how much of exact search on the uncoded tokens `index` finds, and how fast it searches."""
+    parts = [np.load(folder / f"best.{rank}.npz") for rank in range(world)]
+    scores, places = (np.concatenate([part[name] for part in parts], 1) for name in ("scores", "places"))
+    k = min(DEPTH, len(index))
+    exact = np.take_along_axis(places, np.argsort(-scores, 1, kind="stable")[:, :k], 1)
+    start = time.time()
+    found = index.search(q, k, q_mask)[1].cpu().numpy()
+    spent = time.time() - start
+    recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found)]))
+    index.manifest["measured"] = dict(k=k, queries=len(q), recall=recall, queries_per_second=len(q) / spent)
+    (folder / "manifest.json").write_text(json.dumps(index.manifest, indent=1))
+    for rank in range(world):
+        (folder / f"best.{rank}.npz").unlink()
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -531,9 +574,8 @@ def _open(args: argparse.Namespace):
     if not index_folder.exists():
         print(f"building {index_folder}", file=sys.stderr)
         index = Index.build(student, collection.passages, index_folder, passage_ids=collection.passage_ids,
-                            student_digest=identity)
-        print(f"{len(index)} passages, {len(index.codes)} tokens, {index.bytes_per_token:.1f} bytes each",
-              file=sys.stderr)
+                            student_digest=identity, queries=list(collection.queries.values())[:MEASURED])
+        print(f"{len(index):,} passages, {len(index.codes):,} tokens, {index.measured}", file=sys.stderr)
     index = Index.load(index_folder, student.device, identity)
     if index.passage_ids != list(collection.passage_ids):
         raise ValueError(f"{index_folder} is the index of another collection than {data}: give another folder")

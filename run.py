@@ -294,10 +294,10 @@ def log_losses(run: Run, iteration: int, history: list[list[float]]) -> None:
 
 def build_index(run: Run, folder: Path) -> None:
     from pairdistill import digest
-    from retrieve import Index
+    from retrieve import MEASURED, Index
     Index.build(load_student(run, folder / "student"), run.data.passages, folder / "index",
                 passage_ids=run.data.passage_ids, student_digest=digest(folder / "student"), rank=run.ranks.rank,
-                world=run.ranks.world, barrier=run.ranks.barrier, seed=run.config.seed)
+                world=run.ranks.world, barrier=run.ranks.barrier, seed=run.config.seed, queries=run.text(run.train_ids[:MEASURED]))
 
 
 def search(run: Run, folder: Path, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -522,6 +522,7 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
 def iterate(config: Config, preset: str, ranks) -> None:
     """Section 4.3, one call a stage."""
     import torch
+    from retrieve import Index
     from teachers import Cache, load_pairwise, load_pointwise
     run = Run(config, preset, ranks)
     folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
@@ -537,7 +538,8 @@ def iterate(config: Config, preset: str, ranks) -> None:
         return "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}, nDCG@10 {r['nDCG@10']:.3f}, R@100 {r['R@100']:.3f}" for r in rows)
 
     def index_and_evaluate(t: int) -> None:
-        run.stage(t, "index", folders[t] / "index", lambda: build_index(run, folders[t]))
+        run.stage(t, "index", folders[t] / "index", lambda: build_index(run, folders[t]),
+                  lambda: Index.load(folders[t] / "index").measured)
         run.stage(t, "evaluate", folders[t] / "metrics.json", lambda: evaluate_student(run, t, folders[t]), lambda: student_metrics(t))
 
     say("iteration 0")

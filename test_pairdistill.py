@@ -1488,6 +1488,17 @@ def test_any_number_of_ranks_builds_the_same_files(index, corpus, tmp_path, worl
     assert all((tmp_path / "index" / name).read_bytes() == (index.folder / name).read_bytes() for name in names)
 
 
+def test_a_new_index_says_how_much_of_exact_search_it_finds_and_how_fast(corpus, tmp_path):
+    texts = random_texts(200, 8, seed=2)
+    index = Index.build(WordVectors(), corpus, tmp_path / "index", queries=texts)
+    q, q_mask = WordVectors().encode_queries(texts[:retrieve.MEASURED])
+    recall = overlap(index.search(q, 100, q_mask)[1], truth(WordVectors(), corpus, q, q_mask, 100).indices)
+    m = index.manifest["measured"]
+    assert m["k"] == 100 and m["queries"] == 64 and abs(m["recall"] - recall) < 0.002 and 0.8 < recall < 1
+    assert f"bytes a token, R@100 of exact search {m['recall']:.3f}, " in index.measured
+    assert not list((tmp_path / "index").glob("best*"))
+
+
 def test_a_single_vector_student_keeps_its_norms_and_is_searched_by_dot_product(corpus, tmp_path):
     student = WordVectors(dpr=True)
     index = Index.build(student, corpus, tmp_path / "index")
