@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from maxsim_kernel import pairdistill_objective
-from ranks import Ranks, gather_passages, sum_gradients
+from ranks import Ranks, gather_passages, has_bfloat16, sum_gradients
 
 MARKS, LEVELS = 16, 128  # token types of a teacher's marks, and of each of its two scales
 METADATA, OURS = "artifact.metadata", "pairdistill.json"  # ColBERT's settings file, and ours for what it has no word for
@@ -317,11 +317,6 @@ def sample_pairs(n_passages: int, n_pairs: int, delta: int | None, generator: to
 
 
 # Training -----------------------------------------------------------------------------------------------------------
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in it."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-
 
 def half(device: torch.device) -> torch.autocast:
     """bfloat16 autocast where the hardware has it; elsewhere a context that does nothing."""

@@ -114,6 +114,11 @@ def sum_gradients(model: torch.nn.Module, terms: torch.Tensor, ranks: Ranks) -> 
     return flat[-len(terms):].clone()  # a view would keep all gradients of the step in memory
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in it."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
 def peak_memory() -> float:
     """The most memory that this process has held so far, in GB; 0 where the system does not say (Windows)."""
     try:

@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from pairdistill import LEVELS, MARKS, Batches, cannot_load, digest, fit, has_bfloat16
-from ranks import Ranks, refuse
+from pairdistill import LEVELS, MARKS, Batches, cannot_load, digest, fit
+from ranks import Ranks, has_bfloat16, refuse
 
 TEMPLATES = {  # (role, family): prompt, the answer that speaks for the (first) passage, the other one
     ("pointwise", "t5"): ("Query: {q} Document: {d0} Relevant:", "true", "false"),

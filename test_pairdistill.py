@@ -1412,7 +1412,7 @@ def test_codes_decode_to_nearly_the_passages_own_tokens_in_corpus_order(index, c
     assert torch.equal(index.offsets, offsets.long())
     torch.testing.assert_close(decoded.norm(dim=1), torch.ones(len(d)))
     assert (decoded * d).sum(1).mean() > .95
-    assert index.codes.shape == (len(d), 8) and index.lists.element_size() + index.order.element_size() == 6
+    assert index.codes.shape == (len(d), 8 + retrieve.REFINEMENTS) and index.lists.element_size() + index.order.element_size() == 6
     assert index.passage_ids[2998] == "p2998"
 
 
@@ -1566,7 +1566,7 @@ def edit_manifest(folder, **changes):
     (lambda f: (f / "order").unlink(), "damaged index: order has 0 bytes, expected"),
     (lambda f: (f / "manifest.json").write_text("{"), "not an index"),
     (lambda f: (f / "manifest.json").unlink(), "not an index"),
-    (lambda f: edit_manifest(f, format=0), "format 0, expected 1"),
+    (lambda f: edit_manifest(f, format=1), "format 1, expected 2"),
     (lambda f: edit_manifest(f, shapes={}), "damaged index: its manifest"),
     (lambda f: edit_manifest(f, student="xyz"), "index of student xyz, expected abc"),
 ])
