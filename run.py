@@ -55,7 +55,7 @@ class Config:
     orders: str = option("both", "ask a pair in both orders and average, or in one", "authors' code: one")
     encoder_steps: int = option(100, "steps of training the scratch teachers' encoder to retrieve, by L_CL")
     teacher_steps: int = option(300, "steps of training each scratch or train: teacher")
-    teacher_batch: int = option(64, "labelled triplets of such a step")
+    teacher_batch: int = option(64, "triplets of such a step: half as many queries, two passages or both orders of each")
     teacher_lr: float = option(1e-3, "their learning rate")
     teacher_length: int = option(180, "tokens of a passage that such a teacher reads")
     retrieve_k: int = option(100, "passages retrieved for a training query", "100")
@@ -444,7 +444,7 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
         history = teachers.train_pointwise(start, groups, folder, batch=max(c.teacher_batch // 2, 1), negatives=2, **common)
     else:  # what the pointwise teacher learned is a better start than none
         start = twin if c.pointwise == spec else start
-        history = teachers.train_pairwise(start, groups, folder, batch=c.teacher_batch, **common)
+        history = teachers.train_pairwise(start, groups, folder, batch=max(c.teacher_batch // 2, 1), **common)
     for step, (loss, accuracy) in enumerate(history):
         run.note(teacher=role, step=step, loss=loss, accuracy=accuracy)
     run.note(teacher=role, held_out=held_out_accuracy(run, role, folder, iteration_0))
@@ -645,7 +645,8 @@ def picture(run: Run, rows: list[dict]) -> None:
         losses.text(start, 1.0, f" {t}", transform=losses.get_xaxis_transform(), va="top", fontsize=8, color="grey")
         start += len(steps)
     losses.set(title="loss terms, unweighted; the lines are where iterations begin", xlabel="step", yscale="log")
-    losses.legend(fontsize=8)
+    if losses.lines:
+        losses.legend(fontsize=8)
 
     summaries = [pair_summary(run.out / f"iter{t}") for t in range(1, run.config.iters + 1)]
     t = np.arange(1, len(summaries) + 1)
