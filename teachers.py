@@ -416,9 +416,24 @@ class Cache:
         self.path, self.asked, self.found = Path(folder) / f"{name}.sqlite", 0, 0
         # The teacher tokenizes, and so looks up, in a second thread; the library locks.
         self.db = sqlite3.connect(self.path, timeout=600, isolation_level=None, check_same_thread=False)
-        self._run("PRAGMA journal_mode = WAL")  # readers and one writer at a time do not wait for one another
+        self._use_wal()
         self._run("PRAGMA synchronous = NORMAL")
         self._run("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
+
+    def _use_wal(self) -> None:
+        """Readers and one writer then do not wait for one another. Alone of all statements, this one does not wait for
+        another rank that is at the same point."""
+        for attempt in range(300):
+            try:
+                self.db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if "locked" not in str(e):
+                    break
+                time.sleep(0.1)
+            except sqlite3.DatabaseError:
+                break
+        self._run("PRAGMA journal_mode = WAL")  # says what is wrong
 
     def _run(self, statement: str, *values) -> list[tuple]:
         try:

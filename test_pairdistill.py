@@ -1153,6 +1153,20 @@ def test_killed_at_ten_moments_no_score_is_lost_and_none_asked_twice(tmp_path):
     assert list(cache.get(keys)) and [cache.get([key])[key] for key in keys] == [3.0] * 400
 
 
+def test_many_ranks_open_one_cache_at_once(tmp_path):
+    fork = multiprocessing.get_context("fork")
+
+    def work(rank: int, folder: Path):
+        teachers.Cache(folder).add([bytes([rank]) * 16], [float(rank)])
+
+    for trial in range(5):
+        ranks = [fork.Process(target=work, args=(rank, tmp_path / str(trial))) for rank in range(8)]
+        [process.start() for process in ranks]
+        [process.join() for process in ranks]
+        assert [process.exitcode for process in ranks] == [0] * 8
+        assert len(teachers.Cache(tmp_path / str(trial)).get([bytes([rank]) * 16 for rank in range(8)])) == 8
+
+
 def test_batches_of_similar_length_have_little_padding():
     draw = np.random.default_rng(0)
     items = [(f"q{k}", "word " * int(n)) for k, n in enumerate((71 * np.exp(0.42 * draw.standard_normal(8192))).clip(8, 180))]
