@@ -416,32 +416,21 @@ class Cache:
         self.path, self.asked, self.found = Path(folder) / f"{name}.sqlite", 0, 0
         # The teacher tokenizes, and so looks up, in a second thread; the library locks.
         self.db = sqlite3.connect(self.path, timeout=600, isolation_level=None, check_same_thread=False)
-        self._use_wal()
+        self._run("PRAGMA journal_mode = WAL")  # readers and one writer at a time do not wait for one another
         self._run("PRAGMA synchronous = NORMAL")
         self._run("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
 
-    def _use_wal(self) -> None:
-        """Readers and one writer then do not wait for one another. Alone of all statements, this one does not wait for
-        another rank that is at the same point."""
-        for attempt in range(300):
-            try:
-                self.db.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as e:
-                if "locked" not in str(e):
-                    break
-                time.sleep(0.1)
-            except sqlite3.DatabaseError:
-                break
-        self._run("PRAGMA journal_mode = WAL")  # says what is wrong
-
     def _run(self, statement: str, *values) -> list[tuple]:
-        try:
-            return self.db.execute(statement, *values).fetchall()
-        except sqlite3.DatabaseError as e:
-            mend = ("free some space" if "full" in str(e) else
-                    "if it is damaged, remove it (its scores are then computed again)")
-            raise ValueError(f"the teachers' score cache {self.path}: {e}; {mend}, and start again") from e
+        for patience in range(600, -1, -1):
+            try:
+                return self.db.execute(statement, *values).fetchall()
+            except sqlite3.DatabaseError as e:
+                if "locked" in str(e) and patience:  # SQLite waits for other ranks, but not if two switch to WAL at once
+                    time.sleep(0.1)
+                    continue
+                mend = ("free some space" if "full" in str(e) else
+                        "if it is damaged, remove it (its scores are then computed again)")
+                raise ValueError(f"the teachers' score cache {self.path}: {e}; {mend}, and start again") from e
 
     def get(self, keys: list[bytes]) -> dict[bytes, float]:
         """{key: score} of those that were asked before"""

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -1151,6 +1152,21 @@ def test_killed_at_ten_moments_no_score_is_lost_and_none_asked_twice(tmp_path):
     cache = teachers.Cache(tmp_path)
     keys = [teachers.key_of("stub prompt", item) for item in items]
     assert list(cache.get(keys)) and [cache.get([key])[key] for key in keys] == [3.0] * 400
+
+
+def test_a_locked_cache_is_tried_again(tmp_path):
+    """SQLite waits for other ranks by itself, but not where two of them switch to WAL at once (seen with two ranks)."""
+    cache, refusals = teachers.Cache(tmp_path), [1, 2]
+    real = cache.db
+
+    class Locked:
+        def execute(self, *statement):
+            if refusals and refusals.pop():
+                raise sqlite3.OperationalError("database is locked")
+            return real.execute(*statement)
+
+    cache.db = Locked()
+    assert cache.get([b"x"]) == {} and not refusals
 
 
 def test_many_ranks_open_one_cache_at_once(tmp_path):
