@@ -68,7 +68,7 @@ PROBES, VISITS = 32, 512  # lists that a query token visits, and that a query vi
 QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
 SMALL = 1 << 19  # tokens of a corpus that is compared whole: its lists would save little time, and lose passages
 DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which stay in a cache
-MEASURED, DEPTH = 64, 100  # queries that a new index is measured by, and how many passages of each
+MEASURED, DEPTH = 32, 100  # queries that a new index is measured by, and how many passages of each
 DTYPES = {"codes": np.uint8, "lists": np.uint16, "order": np.int32, "list_starts": np.int64, "offsets": np.int64,
           "centroids": np.float16, "refinements": np.float16, "codewords": np.float16}  # one raw file each; the manifest has their shapes
 
@@ -488,7 +488,8 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
             file.write(array.tobytes())
         if asked:
             q, q_mask = asked
-            scores = maxsim(q.float(), d.to(q.device), _bounds(lengths).int().to(q.device), q_mask).cpu()
+            score = maxsim if q.is_cuda else Index._maxsim_by_place
+            scores = score(q.float(), d.to(q.device), _bounds(lengths).int().to(q.device), q_mask).cpu()
             best = torch.cat([best, scores], 1)
             places = torch.cat([places, torch.from_numpy(numbers).expand(len(q), -1)], 1)
             best, top = best.topk(min(DEPTH, best.shape[1]))

@@ -329,11 +329,11 @@ class Teacher:
         """Once for each teacher: what of the texts it did not see."""
         role, cut = self.identity.split()[0], self.reader.cut
         if self.empty and not self.warned:
-            warnings.warn(f"{role} teacher: {self.empty:,} of {self.asked:,} items have an empty text, and were scored as "
-                          f"they are", stacklevel=4)
+            warnings.warn(f"{role} teacher: {self.empty:,} of {self.asked:,} questions have an empty text, and were "
+                          f"scored as they are", stacklevel=4)
         if cut and not self.warned:
-            warnings.warn(f"{role} teacher: {cut:,} passages of {self.asked:,} items were longer than it reads, and were cut "
-                          f"at their end", stacklevel=4)
+            warnings.warn(f"{role} teacher: {cut:,} passages in {self.asked:,} questions were longer than it reads, and "
+                          f"were cut at their end", stacklevel=4)
         self.warned = self.warned or bool(self.empty or cut)
 
 
