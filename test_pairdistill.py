@@ -1855,3 +1855,20 @@ def test_the_readmes_table_is_what_results_hold():
     figures = {name: [float(x) for x in row] for name, *row in cells if row[0].startswith("0.")}
     expected = {run.title_of(r): [round(r[m], 3) for m in ("MRR@10", "nDCG@10", "R@5", "R@100")] for r in rows}
     assert figures == expected
+
+
+def test_the_readmes_reranking_table_is_what_results_hold():
+    lines = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
+    for name, path in (("SQuAD dev, 500 queries", "squad"), ("SciFact test, 300 queries", "scifact")):
+        line, = (line for line in lines if line.startswith(f"| {name} |"))
+        rows = json.loads((HERE / "results" / "teachers" / f"{path}.json").read_text())
+        assert [float(x) for x in line.split("|")[3:7]] == [round(r["MRR@10"], 3) for r in rows]
+
+
+def test_the_readmes_loss_table_is_what_results_hold():
+    lines = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
+    for name, start in (("full", "| L_CL + L_KD"), ("cl", "| L_CL |")):
+        line, = (line for line in lines if line.startswith(start))
+        rows = [json.loads((HERE / "results" / "docs-losses" / f"{name}-{seed}.json").read_text())[-1] for seed in range(3)]
+        means = [r["MRR@10"] for r in rows]
+        assert [float(x) for x in line.split("|")[2:6]] == [round(x, 3) for x in (*means, sum(means) / 3)]
