@@ -77,7 +77,8 @@ class Index:
     """Passage tokens in inverted lists. len(index) is the number of passages, index.passage_ids are their names.
 
     codes [T, M + S] and lists [T] code the tokens in corpus order, offsets [N + 1] cuts them into passages; order [T] has
-    their numbers list by list, list_starts [K + 1] cuts it into lists; centroids [K, E], refinements [S, 256, E], codewords [M, 256, 4].
+    their numbers list by list, list_starts [K + 1] cuts it into lists; centroids [K, E], refinements [S, 256, E],
+    codewords [M, 256, 4].
     """
 
     def __init__(self, folder: Path, manifest: dict, arrays: dict[str, Tensor]):
@@ -215,16 +216,12 @@ class Index:
 
     def _search_all(self, q: Tensor, q_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The best k by MaxSim with every passage, decoded as a stream."""
-        scores, positions = q.new_zeros(len(q), 0), torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
-        score = maxsim if q.is_cuda else self._maxsim_by_place
+        best = _Best(q, q_mask, k)
         for first, last in _runs(self.offsets, 8 * DECODED):
             offsets = self.offsets[first:last + 1]
             d_TE = self._decode(torch.arange(int(offsets[0]), int(offsets[-1]), device=q.device))
-            scores = torch.cat([scores, score(q, d_TE, (offsets - offsets[0]).int(), q_mask)], 1)
-            numbers = torch.arange(first, last, device=q.device).expand(len(q), -1)
-            scores, top = scores.topk(min(k, scores.shape[1]))
-            positions = torch.cat([positions, numbers], 1).gather(1, top)
-        return scores, positions
+            best.add(d_TE, offsets - offsets[0], first)
+        return best.scores, best.positions
 
     @staticmethod
     def _maxsim_by_place(q: Tensor, d_TE: Tensor, offsets: Tensor, q_mask: Tensor) -> Tensor:
@@ -365,6 +362,22 @@ class Index:
         return d_TE
 
 
+class _Best:
+    """The best k passages of q [B, Q, E] among those added so far: scores, positions [B, up to k]."""
+
+    def __init__(self, q: Tensor, q_mask: Tensor, k: int):
+        self.q, self.q_mask, self.k = q, q_mask, k
+        self.scores, self.positions = q.new_zeros(len(q), 0), q_mask.new_zeros(len(q), 0, dtype=torch.int64)
+
+    def add(self, d_TE: Tensor, offsets: Tensor, first: int) -> None:
+        """Passages from number `first` on: passage first + n is d_TE[offsets[n]:offsets[n + 1]]."""
+        score = maxsim if self.q.is_cuda else Index._maxsim_by_place
+        scores = torch.cat([self.scores, score(self.q, d_TE, offsets.int(), self.q_mask)], 1)
+        numbers = torch.arange(first, first + len(offsets) - 1, device=self.q.device).expand(len(self.q), -1)
+        self.scores, top = scores.topk(min(self.k, scores.shape[1]))
+        self.positions = torch.cat([self.positions, numbers], 1).gather(1, top)
+
+
 # Ragged rows, and integers that hold two things -----------------------------------------------------------------------
 
 def _bounds(lengths: Tensor) -> Tensor:
@@ -477,8 +490,7 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
     files = [open(folder / f"{name}.{rank}", "wb") for name in ("codes", "lists", "lengths")]
     bar = tqdm(total=len(passages) // world, desc="  index", unit=" passages", disable=rank > 0, leave=False,
                mininterval=1.0)
-    if asked:
-        best, places = torch.zeros(len(asked[0]), 0), torch.zeros(len(asked[0]), 0, dtype=torch.int64)
+    best = _Best(asked[0].float(), asked[1], DEPTH) if asked else None
     for block in range(n_blocks * rank // world, n_blocks * (rank + 1) // world):
         numbers = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(passages)))
         first, last = np.searchsorted(sample, (numbers[0], numbers[-1] + 1))
@@ -486,20 +498,14 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
                               d_sample[sample_bounds[first]:sample_bounds[last]], sample_lengths[first:last])
         for file, array in zip(files, (*coder(d), lengths.numpy())):
             file.write(array.tobytes())
-        if asked:
-            q, q_mask = asked
-            score = maxsim if q.is_cuda else Index._maxsim_by_place
-            scores = score(q.float(), d.to(q.device), _bounds(lengths).int().to(q.device), q_mask).cpu()
-            best = torch.cat([best, scores], 1)
-            places = torch.cat([places, torch.from_numpy(numbers).expand(len(q), -1)], 1)
-            best, top = best.topk(min(DEPTH, best.shape[1]))
-            places = places.gather(1, top)
+        if best:
+            best.add(d.to(best.q.device), _bounds(lengths).to(best.q.device), int(numbers[0]))
         bar.update(len(numbers))
     bar.close()
     for file in files:
         file.close()
-    if asked:
-        np.savez(folder / f"best.{rank}.npz", scores=best.numpy(), places=places.numpy())
+    if best:
+        np.savez(folder / f"best.{rank}.npz", scores=best.scores.cpu().numpy(), positions=best.positions.cpu().numpy())
 
 
 def _fill_in(student, passages: Sequence[str], numbers: np.ndarray, known: np.ndarray, d_known: Tensor,
@@ -540,9 +546,9 @@ def _merge(folder: Path, world: int, manifest: dict) -> None:
 def _measure(index: Index, q: Tensor, q_mask: Tensor, folder: Path, world: int) -> None:
     """Adds to the manifest how much of exact search on the uncoded tokens `index` finds, and how fast it searches."""
     parts = [np.load(folder / f"best.{rank}.npz") for rank in range(world)]
-    scores, places = (np.concatenate([part[name] for part in parts], 1) for name in ("scores", "places"))
+    scores, positions = (np.concatenate([part[name] for part in parts], 1) for name in ("scores", "positions"))
     k = min(DEPTH, len(index))
-    exact = np.take_along_axis(places, np.argsort(-scores, 1, kind="stable")[:, :k], 1)
+    exact = np.take_along_axis(positions, np.argsort(-scores, 1, kind="stable")[:, :k], 1)
     start = time.time()
     found = index.search(q, k, q_mask)[1].cpu().numpy()
     spent = time.time() - start

@@ -426,6 +426,11 @@ def is_trained(spec: str) -> bool:
     return spec == "scratch" or spec.startswith("train:")
 
 
+def teacher_queries(config: Config) -> int:
+    """Of a training step: each has two triplets, by two negatives or two orders."""
+    return max(config.teacher_batch // 2, 1)
+
+
 def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     """A teacher learns from the labels, against passages that the student of iteration 0 finds (section 4.1)."""
     import teachers
@@ -437,14 +442,14 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
                [passages[p] for p in row if p in answers and p not in run.positives[q]]) for q, row in zip(qids, mined["positions"])]
     groups = [g for g in groups if g[2]]
     common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length,
-                  passage_length=c.teacher_length)
+                  passage_length=c.teacher_length, batch=teacher_queries(c))
     spec, folder, twin = getattr(c, role), run.out / "teachers" / role, run.out / "teachers" / "pointwise"
     start = scratch(run, "teacher") if spec == "scratch" else spec.removeprefix("train:")
     if role == "pointwise":
-        history = teachers.train_pointwise(start, groups, folder, batch=max(c.teacher_batch // 2, 1), negatives=2, **common)
+        history = teachers.train_pointwise(start, groups, folder, negatives=2, **common)
     else:  # what the pointwise teacher learned is a better start than none
         start = twin if c.pointwise == spec else start
-        history = teachers.train_pairwise(start, groups, folder, batch=max(c.teacher_batch // 2, 1), **common)
+        history = teachers.train_pairwise(start, groups, folder, **common)
     for step, (loss, accuracy) in enumerate(history):
         run.note(teacher=role, step=step, loss=loss, accuracy=accuracy)
     run.note(teacher=role, held_out=held_out_accuracy(run, role, folder, iteration_0))
@@ -480,7 +485,7 @@ def teacher_accuracy(run: Run, role: str) -> str:
 def mine(run: Run, iteration_0: Path) -> None:
     """What the student of iteration 0 finds for labelled queries, as many as a teacher's training sees."""
     queries = np.array([n for n, q in enumerate(run.train_ids) if run.positives[q]])
-    queries = np.random.default_rng(run.config.seed).permutation(queries)[:run.config.teacher_batch // 2 * run.config.teacher_steps]
+    queries = np.random.default_rng(run.config.seed).permutation(queries)[:teacher_queries(run.config) * run.config.teacher_steps]
     found = search(run, iteration_0, run.text([run.train_ids[q] for q in queries]), run.config.retrieve_k)[1]
     run.save(iteration_0 / "mined.npz", dict(queries=queries, positions=found))
 

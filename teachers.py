@@ -421,11 +421,13 @@ class Cache:
         self._run("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
 
     def _run(self, statement: str, *values) -> list[tuple]:
-        for patience in range(600, -1, -1):
+        deadline = time.monotonic() + 60
+        while True:
             try:
                 return self.db.execute(statement, *values).fetchall()
             except sqlite3.DatabaseError as e:
-                if "locked" in str(e) and patience:  # SQLite waits for other ranks, but not if two switch to WAL at once
+                # SQLite waits for other ranks, but not if two switch to WAL at once.
+                if "locked" in str(e) and time.monotonic() < deadline:
                     time.sleep(0.1)
                     continue
                 mend = ("free some space" if "full" in str(e) else
@@ -471,62 +473,55 @@ def _save(reader: Classifier, folder: str | Path) -> None:
     reader.tokenizer.save_pretrained(folder)
 
 
-def train_pointwise(encoder: str | Path, groups: list[tuple[str, str, list[str]]], folder: str | Path, *, steps: int,
-                    batch: int, negatives: int, lr: float, query_length: int = 32, passage_length: int = 180,
-                    seed: int = 0, ranks: Ranks = Ranks()) -> list[list[float]]:
+def train_pointwise(encoder: str | Path, groups: list[tuple[str, str, list[str]]], folder: str | Path, *, negatives: int,
+                    **options) -> list[list[float]]:
     """Trains a cross-encoder on (query, relevant passage, other passages) and saves it as a transformers checkpoint.
 
     Binary cross-entropy on triplets (q, d+, d-): a pointwise model's logit for "d+ is better" is s(q, d+) - s(q, d-).
-    Returns [loss, accuracy] of every step.
+    options are those of _train_classifier. Returns [loss, accuracy] of every step.
     """
-    reader = _new_classifier(encoder, "pointwise", ranks.device, seed, query_length, passage_length)
-    batches = Batches(len(groups), batch, seed)
+    def items_of(query: str, positive: str, others: list[str], draw: np.random.Generator) -> list[tuple[str, ...]]:
+        chosen = draw.choice(len(others), negatives, len(others) < negatives)
+        return [(query, positive)] + [(query, others[c]) for c in chosen]
 
-    def batch_terms(step: int) -> torch.Tensor:
-        rows = batches[step]
-        share = ranks.share(len(rows))
-        items = []
-        for r in rows[share.start:share.stop]:
-            query, positive, others = groups[r]
-            chosen = np.random.default_rng([seed, step, r]).choice(len(others), negatives, len(others) < negatives)
-            items += [(query, positive)] + [(query, others[c]) for c in chosen]
-        scores = reader(reader.sequences(items)).view(-1, 1 + negatives)
-        margin = scores[:, :1] - scores[:, 1:]
-        count = len(rows) * negatives
-        return torch.stack([F.softplus(-margin).sum() / count, (margin > 0).float().sum() / count])
-
-    history = fit(reader, batch_terms, steps, lr=lr, warmup=steps // 10, ranks=ranks, desc="  train pointwise", seed=seed)
-    if ranks.first:
-        _save(reader, folder)
-    ranks.barrier()
-    return history
+    return _train_classifier("pointwise", encoder, groups, folder, items_of,
+                             lambda scores: scores[:, :1] - scores[:, 1:], 1 + negatives, negatives, **options)
 
 
-def train_pairwise(encoder: str | Path, groups: list[tuple[str, str, list[str]]], folder: str | Path, *, steps: int,
-                   batch: int, lr: float, query_length: int = 32, passage_length: int = 180, seed: int = 0,
-                   ranks: Ranks = Ranks()) -> list[list[float]]:
+def train_pairwise(encoder: str | Path, groups: list[tuple[str, str, list[str]]], folder: str | Path,
+                   **options) -> list[list[float]]:
     """Trains a classifier over (q, d_i, d_j), with y = 1 where d_i is the relevant one: section 4.1's objective.
 
     A batch holds every triplet in both orders: what does not depend on the order, which is all that a model knows in the
-    beginning, cancels in the gradient instead of drowning the rest. Returns [loss, accuracy] of every step.
+    beginning, cancels in the gradient instead of drowning the rest. Else as train_pointwise.
     """
-    reader = _new_classifier(encoder, "pairwise", ranks.device, seed, query_length, passage_length)
+    def items_of(query: str, positive: str, others: list[str], draw: np.random.Generator) -> list[tuple[str, ...]]:
+        other = others[draw.integers(len(others))]
+        return [(query, positive, other), (query, other, positive)]
+
+    return _train_classifier("pairwise", encoder, groups, folder, items_of,  # y = 1 for the first, 0 for the second
+                             lambda logits: torch.stack([logits[:, 0], -logits[:, 1]]), 2, 2, **options)
+
+
+def _train_classifier(role: str, encoder: str | Path, groups: list[tuple[str, str, list[str]]], folder: str | Path,
+                      items_of, margins_of, n_items: int, n_margins: int, *, steps: int, batch: int, lr: float,
+                      query_length: int = 32, passage_length: int = 180, seed: int = 0,
+                      ranks: Ranks = Ranks()) -> list[list[float]]:
+    """`batch` groups a step, each as the n_items sequences of items_of, whose logits [groups, n_items] margins_of turns
+    into n_margins a group: how much better the relevant passage is."""
+    reader = _new_classifier(encoder, role, ranks.device, seed, query_length, passage_length)
     batches = Batches(len(groups), batch, seed)
 
     def batch_terms(step: int) -> torch.Tensor:
         rows = batches[step]
         share = ranks.share(len(rows))
-        items = []
-        for r in rows[share.start:share.stop]:
-            query, positive, others = groups[r]
-            other = others[np.random.default_rng([seed, step, r]).integers(len(others))]
-            items += [(query, positive, other), (query, other, positive)]
-        logits = reader(reader.sequences(items)).view(-1, 2)
-        margin = torch.stack([logits[:, 0], -logits[:, 1]])  # y = 1 for the first, 0 for the second
-        count = 2 * len(rows)
+        items = [item for r in rows[share.start:share.stop]
+                 for item in items_of(*groups[r], np.random.default_rng([seed, step, r]))]
+        margin = margins_of(reader(reader.sequences(items)).view(-1, n_items))
+        count = len(rows) * n_margins
         return torch.stack([F.softplus(-margin).sum() / count, (margin > 0).float().sum() / count])
 
-    history = fit(reader, batch_terms, steps, lr=lr, warmup=steps // 10, ranks=ranks, desc="  train pairwise", seed=seed)
+    history = fit(reader, batch_terms, steps, lr=lr, warmup=steps // 10, ranks=ranks, desc=f"  train {role}", seed=seed)
     if ranks.first:
         _save(reader, folder)
     ranks.barrier()
@@ -563,9 +558,9 @@ def bench(teacher: Teacher, role: str, seconds: float = 20) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="teachers.py", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="teachers.py", description="How fast a teacher is here.")
     parser.add_argument("spec", help="Hub name or local folder")
-    parser.add_argument("--role", choices=PAPER, help="default: pairwise for a duoT5 or a pair classifier, else pointwise")
+    parser.add_argument("--role", choices=PAPER, help="default: pairwise where SPEC has duot5 in it, else pointwise")
     parser.add_argument("--bench", action="store_true", required=True, help="items and tokens a second, and the cost of the "
                         "paper's run")
     parser.add_argument("--seconds", type=float, default=20, help="how long to measure (default: 20)")
