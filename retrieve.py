@@ -46,7 +46,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import faiss
@@ -275,23 +275,47 @@ class Index:
         visits_XV = torch.arange(near.indices.shape[1], device=q.device) < probes_X[:, None]
         visited_V, order_V = near.indices[visits_XV].sort()
         x_V = visits_XV.nonzero()[:, 0][order_V]
-        found = [torch.zeros(0, dtype=torch.int64, device=q.device)]
+        find = self._find_alone if B == 1 else self._find_shared
+        found = torch.cat([torch.zeros(0, dtype=torch.int64, device=q.device),
+                           *find(q_XE, visited_V, x_V, imputed_X, margin_X, key_X, Q)])
+        ranked = []
+        for first in range(0, B, QUERIES_RANKED):  # what fits into a cache is sorted in a third of the time
+            low, high = (b * N * Q << GAIN_BITS for b in (first, first + QUERIES_RANKED))
+            mine = found[(found >= low) & (found < high)] - low
+            ranked.append(self._rank(mine.sort().values, min(QUERIES_RANKED, B - first), Q, C))
+        return torch.cat(ranked)
+
+    def _find_shared(self, q_XE, visited_V, x_V, imputed_X, margin_X, key_X, Q: int) -> Iterator[Tensor]:
+        """Many queries: the tokens of a list are decoded once and multiplied by all query tokens that visit it."""
         for token_T, visits, spans in self._visited_lists(visited_V):
             d_ET = self._decode(token_T).T
-            key_T = (torch.searchsorted(self.offsets, token_T.long(), right=True) - 1) * Q << GAIN_BITS
+            key_T = self._passage(token_T) * Q << GAIN_BITS
             x = x_V[visits]
             q_VE, imputed_V = q_XE.index_select(0, x), imputed_X[x]
             margin_V1, key_V1 = margin_X[x, None], key_X[x, None]
             for s, e, i, j in spans:
                 gain_VT = torch.addmm(-imputed_V[i:j, None], q_VE[i:j], d_ET[:, s:e])
                 packed_VT = _gain_bits(gain_VT) + key_T[s:e] + key_V1[i:j]
-                found.append(packed_VT.masked_select(gain_VT > margin_V1[i:j]))
-        found, ranked = torch.cat(found), []
-        for first in range(0, B, QUERIES_RANKED):  # what fits into a cache is sorted in a third of the time
-            low, high = (b * N * Q << GAIN_BITS for b in (first, first + QUERIES_RANKED))
-            mine = found[(found >= low) & (found < high)] - low
-            ranked.append(self._rank(mine.sort().values, min(QUERIES_RANKED, B - first), Q, C))
-        return torch.cat(ranked)
+                yield packed_VT.masked_select(gain_VT > margin_V1[i:j])
+
+    def _find_alone(self, q_XE, visited_V, x_V, imputed_X, margin_X, key_X, Q: int) -> Iterator[Tensor]:
+        """One query: its products with every row of the tables are added up for each token, of which none is decoded."""
+        (X, E), (M, S) = q_XE.shape, (len(self.codewords), len(self.refinements))
+        by_codeword = torch.einsum("mcd,xmd->mcx", self.codewords, q_XE.view(X, M, CODED)).flatten(0, 1)
+        table_RX = torch.cat([self.rows @ q_XE.T, by_codeword])
+        first_row_MS = torch.cat([len(self.rows) + self.first_codeword_M, self.first_row_S])
+        lists = visited_V.unique_consecutive()
+        starts = self.list_starts[lists]
+        for token_T in self.order[_ragged(starts, self.list_starts[lists + 1] - starts)].split(4 * DECODED):
+            row_TR = torch.cat([self.lists.index_select(0, token_T).int()[:, None] & 0xFFFF,
+                                self.codes.index_select(0, token_T) + first_row_MS], 1)
+            gain_TX = F.embedding_bag(row_TR, table_RX, mode="sum") - imputed_X
+            hits = (gain_TX > margin_X).flatten().nonzero()[:, 0]
+            t, x = hits // X, hits % X
+            yield _gain_bits(gain_TX.flatten()[hits]) + (self._passage(token_T[t]) * Q << GAIN_BITS) + key_X[x]
+
+    def _passage(self, token_T: Tensor) -> Tensor:
+        return torch.searchsorted(self.offsets, token_T.long(), right=True) - 1
 
     def _visited_lists(self, visited_V: Tensor):
         """Of the lists in visited_V (sorted, with repetitions), a few at a time: the numbers of all their tokens, the
