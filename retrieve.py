@@ -7,26 +7,26 @@
     python retrieve.py runs/docs "how do I join two paths"                # with no question: a prompt
     python retrieve.py --student FOLDER --data SPEC --index FOLDER --queries queries.jsonl --run out.trec -k 1000
 
-What is stored. FAISS's k-means gives each token a centroid (2 bytes), then four times one of 256 vectors for what is
-left (4 bytes), and its product quantizer a code of the rest, a byte for 4 dimensions (the size of the paper's 2 bits a
+What is stored. K-means gives each token a centroid (2 bytes), then eight times one of 256 vectors for what is left
+(8 bytes), and FAISS's product quantizer a code of the rest, a byte for 4 dimensions (the size of the paper's 2 bits a
 dimension; 4 dimensions share 256 codewords, where 2 bits each would give them 4 values):
 
-    token  ~  (centroid + refinement_1 ... refinement_4 + [codeword_1 ... codeword_32]) / norm
+    token  ~  (centroid + refinement_1 ... refinement_8 + [codeword_1 ... codeword_32]) / norm
 
-ColBERT renormalises too: +.015 of recall. The refinements take a quarter of the squared error (SciFact, MiniLM).
+ColBERT renormalises too: +.015 of recall. The refinements take two fifths of the squared error (SciFact, MiniLM).
 
-Codes are in corpus order, so that a passage's tokens lie together; the token numbers of each centroid's list follow in
-a second array (4 bytes). All files are memory-mapped: an index of any size opens at once.
+Codes are in corpus order, so that a passage's tokens lie together. All files are memory-mapped: an index of any size
+opens at once. What lists hold which tokens follows from the codes, and is sorted when a search first needs it.
 
-How it is searched. (1) Each query token is multiplied by the decoded tokens of its nearest lists; those more similar
-than its nearest centroid count. (2) A passage is ranked by its partial MaxSim, where a query token that found nothing
-in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed behind its query,
-passage and query token in one integer, so that one sort does both the grouping and the maximum. (3) The best 3 k
-candidates are decoded whole and scored exactly.
+How it is searched. (1) The tokens of each query token's nearest lists are compared with it; those count that are more
+similar than the centroids of most of these lists. (2) A passage is ranked by its partial MaxSim, where a query token
+that found nothing in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed
+behind its query, passage and query token in one integer, so that one sort does both the grouping and the maximum.
+(3) The best 3 k candidates are decoded whole and scored exactly.
 
 OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
 rank far better (with the same centroids, .98 of the best 50 passages are among the first 200, and not .83), so that a
-quarter of the centroids suffices, and a build takes a quarter of the time to find them.
+quarter of the centroids suffices.
 
 A single-vector student (DPR) is the case of one token a passage, not normalised. Any number of ranks builds the same
 files, in a folder that they share: passages are encoded in blocks that do not depend on the ranks. A build writes
@@ -38,6 +38,7 @@ S refinements, C candidates a query, X query tokens of several queries one after
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import math
@@ -59,25 +60,25 @@ from tqdm import tqdm
 from maxsim_kernel import maxsim, maxsim_paired
 from ranks import has_bfloat16
 
-FORMAT = 2
+FORMAT = 3
 BLOCK = 1024  # passages that are encoded and written together
 CODED = 4  # dimensions in a byte of code; four float32s are also 16 bytes, which move as one element when decoding
-REFINEMENTS = 4
+REFINEMENTS = 8
 GAIN_BITS = 24  # of the 64 in which a similarity is packed behind its query, passage and query token
-PROBES, VISITS = 32, 512  # lists that a query token visits, and that a query visits, at least
+PROBES, VISITS = 24, 384  # lists that a query token visits, and that a query visits, at least
 QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
 SMALL = 1 << 19  # tokens of a corpus that is compared whole: its lists would save little time, and lose passages
 DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which stay in a cache
 MEASURED, DEPTH = 32, 100  # queries that a new index is measured by, and how many passages of each
-DTYPES = {"codes": np.uint8, "lists": np.uint16, "order": np.int32, "list_starts": np.int64, "offsets": np.int64,
+DTYPES = {"codes": np.uint8, "lists": np.uint16, "list_starts": np.int64, "offsets": np.int64,
           "centroids": np.float16, "refinements": np.float16, "codewords": np.float16}  # one raw file each; the manifest has their shapes
 
 
 class Index:
     """Passage tokens in inverted lists. len(index) is the number of passages, index.passage_ids are their names.
 
-    codes [T, M + S] and lists [T] code the tokens in corpus order, offsets [N + 1] cuts them into passages; order [T] has
-    their numbers list by list, list_starts [K + 1] cuts it into lists; centroids [K, E], refinements [S, 256, E],
+    codes [T, M + S] and lists [T] code the tokens in corpus order, offsets [N + 1] cuts them into passages; list_starts
+    [K + 1] cuts `order` into lists; centroids [K, E], refinements [S, 256, E],
     codewords [M, 256, 4].
     """
 
@@ -92,6 +93,12 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """The tokens' numbers [T], list by list. Sorted when first needed: on disk it would be a tenth of the index."""
+        lists = self.lists.cpu().numpy().view(np.uint16)
+        return torch.from_numpy(np.argsort(lists, kind="stable").astype(np.int32)).to(self.device)  # 16 bits: a radix sort
 
     @property
     def passage_ids(self) -> list[str] | None:
@@ -262,14 +269,13 @@ class Index:
         (B, Q, _), N = q.shape, len(self)
         b_X, i_X = q_mask.nonzero(as_tuple=True)
         q_XE = q[b_X, i_X]
-        # A query visits 128 lists at least: the fewer its tokens, the more depends on each (DPR has only one).
+        # A query visits 384 lists at least: the fewer its tokens, the more depends on each (DPR has only one).
         probes_X = (VISITS // q_mask.sum(1)[b_X]).clamp(min=max(PROBES, k // 50), max=len(self.centroids) - 1)
         near = (q_XE @ self.centroids.T).topk(int(probes_X.max()) + 1 if len(b_X) else 1)
         # A centroid is the mean of its tokens: the first list that is not visited tells what is missed on average, one
-        # of the nearest what a good match is. What is less similar does not count, and half-way is imputed for it.
+        # of those visited what a good match is. What is less similar does not count, and half-way is imputed for it.
         # (.8: in a list of one token, or of equal ones, they are as similar as their centroid, but for rounding.)
-        good_X, missed_X = (near.values.gather(1, rank_X[:, None])[:, 0]
-                            for rank_X in ((probes_X // PROBES - 1).clamp(min=0), probes_X))
+        good_X, missed_X = (near.values.gather(1, rank_X[:, None])[:, 0] for rank_X in (probes_X // 8, probes_X))
         imputed_X = (missed_X + good_X) / 2
         margin_X, key_X = .8 * (good_X - imputed_X), b_X * (N * Q) + i_X << GAIN_BITS
         visits_XV = torch.arange(near.indices.shape[1], device=q.device) < probes_X[:, None]
@@ -306,13 +312,23 @@ class Index:
         first_row_MS = torch.cat([len(self.rows) + self.first_codeword_M, self.first_row_S])
         lists = visited_V.unique_consecutive()
         starts = self.list_starts[lists]
-        for token_T in self.order[_ragged(starts, self.list_starts[lists + 1] - starts)].split(4 * DECODED):
-            row_TR = torch.cat([self.lists.index_select(0, token_T).int()[:, None] & 0xFFFF,
-                                self.codes.index_select(0, token_T) + first_row_MS], 1)
-            gain_TX = F.embedding_bag(row_TR, table_RX, mode="sum") - imputed_X
-            hits = (gain_TX > margin_X).flatten().nonzero()[:, 0]
+        token_T = self.order[_ragged(starts, self.list_starts[lists + 1] - starts)]
+        hits, sims, size = [], [], DECODED // 2  # so many tokens' row numbers stay in a cache
+        row_TR = torch.empty(size, 1 + M + S, dtype=torch.int32, device=q_XE.device)
+        for first in range(0, len(token_T), size):
+            token_t = token_T[first:first + size]
+            row_tR = row_TR[:len(token_t)]
+            torch.bitwise_and(self.lists.index_select(0, token_t).int(), 0xFFFF, out=row_tR[:, 0])
+            torch.add(self.codes.index_select(0, token_t), first_row_MS, out=row_tR[:, 1:])
+            sims_tX = F.embedding_bag(row_tR, table_RX, mode="sum")
+            hit = (sims_tX > imputed_X + margin_X).flatten().nonzero()[:, 0]
+            hits.append(hit + first * X)
+            sims.append(sims_tX.flatten()[hit])
+        if hits:
+            hits = torch.cat(hits)
             t, x = hits // X, hits % X
-            yield _gain_bits(gain_TX.flatten()[hits]) + (self._passage(token_T[t]) * Q << GAIN_BITS) + key_X[x]
+            gain = torch.cat(sims) - imputed_X[x]
+            yield _gain_bits(gain) + (self._passage(token_T[t]) * Q << GAIN_BITS) + key_X[x]
 
     def _passage(self, token_T: Tensor) -> Tensor:
         return torch.searchsorted(self.offsets, token_T.long(), right=True) - 1
@@ -354,6 +370,10 @@ class Index:
         for first, last in _runs(token_bounds, DECODED):
             d_TE = self._decode(_ragged(self.offsets[passages[first:last]], lengths[first:last]))
             mine = slice(pair_bounds[first], pair_bounds[last])
+            if len(q) == 1:
+                bounds = (token_bounds[first:last + 1] - token_bounds[first]).int()
+                scores[pair[mine]] = maxsim(q, d_TE, bounds, q_mask)[0]
+                continue
             n_tokens_mine = n_tokens[query[mine]]
             x_X = _ragged(_bounds(n_tokens)[query[mine]], n_tokens_mine)  # all tokens of all queries of all passages
             x_edges = _bounds(n_tokens_mine)[pair_bounds[first:last + 1] - pair_bounds[first]].tolist()
@@ -450,21 +470,22 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
         raise ValueError(f"cannot build the index {folder}: the sample has {T} tokens of {E} dimensions, expected more "
                          f"than 0, of a multiple of {CODED}")
 
-    def cluster(rows: Tensor, K: int, niter: int) -> Tensor:
-        kmeans = faiss.Kmeans(E, K, niter=niter, seed=seed + 1, min_points_per_centroid=1, max_points_per_centroid=40,
-                              gpu=faiss.get_num_gpus() > 0)
-        kmeans.train(rows.numpy())
-        return torch.from_numpy(kmeans.centroids).half().float()  # as they are stored
-
     # OURS: a quarter of ColBERT's number, because it is tokens that are compared, and not their centroids alone.
-    K = min(2 ** int(math.log2(4 * math.sqrt(max(1, T * passages_per_sample)))), 1 << 16, T)
-    tables = [cluster(d, K, 4)]
-    # A codebook of 256 needs as many rows, and FAISS is five times slower with less than 2^15: rows may be repeated.
-    rows = torch.from_numpy(np.resize(np.random.default_rng(seed).permutation(T), 1 << 15 if T > 256 else 256))
-    rest = d[rows] - tables[0][_nearest(d[rows], tables[0])]
+    K = min(math.ceil(4 * math.sqrt(T * passages_per_sample)), 1 << 16, T)
+    order = np.random.default_rng(seed).permutation(T)
+    tables = [_cluster_many(d[torch.from_numpy(order[:40 * K])], K, seed)]
+    # Each kind of table is trained on other tokens, where there are enough: what is left of the tokens that a table was
+    # trained on is smaller than what it will leave of others. FAISS is five times slower with less than 2^15 rows.
+    n_rows = 1 << 16 if T > 256 else 256
+    for_refinements, for_codewords = torch.from_numpy(np.resize(order[::-1].copy(), 2 * n_rows)).view(2, n_rows)
+    rest = d[for_refinements]
+    rest = rest - tables[0][_Nearest(tables[0])(rest)]
     for _ in range(REFINEMENTS):
-        tables.append(cluster(rest, 256, 6))
-        rest = rest - tables[-1][_nearest(rest, tables[-1])]
+        tables.append(_cluster(rest, 256, 6, seed))
+        rest -= tables[-1][_Nearest(tables[-1])(rest)]
+    rest = d[for_codewords]
+    for table in tables:
+        rest = rest - table[_Nearest(table)(rest)]
     quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
     quantizer.cp.niter, quantizer.cp.seed, quantizer.cp.min_points_per_centroid = 6, seed + 1, 1
     quantizer.train(rest.numpy())
@@ -473,15 +494,60 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
         np.asarray(array).astype(DTYPES[name]).tofile(folder / name)
 
 
-def _nearest(d: Tensor, centroids: Tensor) -> Tensor:
-    """The centroid at the least distance: |d - c|^2 = |d|^2 - 2 (d . c - |c|^2 / 2).
+def _cluster(rows: Tensor, K: int, niter: int, seed: int) -> Tensor:
+    """FAISS's k-means: [K, E], rounded as it will be stored."""
+    kmeans = faiss.Kmeans(rows.shape[1], K, niter=niter, seed=seed + 1, min_points_per_centroid=1,
+                          max_points_per_centroid=256, gpu=faiss.get_num_gpus() > 0)
+    kmeans.train(rows.numpy())
+    return torch.from_numpy(kmeans.centroids).half().float()
 
-    In bfloat16 where the hardware has it: twice as fast, and where it errs the distance is nearly the same.
+
+def _cluster_many(rows: Tensor, K: int, seed: int) -> Tensor:
+    """Thousands of centroids, in a tenth of FAISS's time: clusters of clusters, and three iterations over all of them."""
+    first = _cluster(rows, max(1, math.isqrt(K) // 2), 6, seed)
+    near = _Nearest(first)(rows)
+    n_rows = near.bincount(minlength=len(first))
+    shares = (n_rows.cumsum(0) * K / len(rows)).round().long().diff(prepend=n_rows.new_zeros(1))
+    centroids = torch.cat([_cluster(rows[near == c], int(k), 6, seed) for c, k in enumerate(shares.minimum(n_rows)) if k])
+    for _ in range(3):
+        near = _Nearest(centroids)(rows)
+        n_rows = near.bincount(minlength=len(centroids))[:, None]
+        centroids = torch.where(n_rows > 0, torch.zeros_like(centroids).index_add_(0, near, rows) / n_rows, centroids)
+    return centroids.half().float()
+
+
+class _Nearest:
+    """d [T, E] -> the centroid at the least distance [T]: |d - c|^2 = |d|^2 - 2 (d . c - |c|^2 / 2).
+
+    In bfloat16 where the hardware has it: twice as fast, and where it errs the distance is nearly the same. Of thousands,
+    a token is compared with an eighth only: those whose direction is nearest to that of one of 256 centres, the token's
+    nearest. It misses its centroid in one case of 30, and then takes one that is nearly as near.
     """
-    dtype = torch.bfloat16 if has_bfloat16(d.device) else torch.float32
-    half, columns = (centroids.square().sum(1) / 2).to(dtype), centroids.to(dtype).T.contiguous()
-    # max is faster than argmax on a CPU.
-    return torch.cat([torch.addmm(-half, rows.to(dtype), columns).max(1).indices for rows in d.split(1024)])
+
+    def __init__(self, centroids: Tensor):
+        dtype = torch.bfloat16 if has_bfloat16(centroids.device) else torch.float32
+        self.rows, self.half, K = centroids.to(dtype), (centroids.square().sum(1) / 2).to(dtype), len(centroids)
+        self.around = None
+        if K > 1024:
+            centres = F.normalize(_cluster(centroids.cpu(), 256, 8, 0).to(centroids.device), dim=1)
+            self.centres = _Nearest(centres)
+            self.around = (centres @ F.normalize(centroids, dim=1).T).topk(256 + K // 8).indices
+
+    def __call__(self, d: Tensor) -> Tensor:
+        d = d.to(self.rows.dtype)
+        if self.around is None:
+            return self._best(d, self.rows, self.half)
+        centre, order = self.centres(d).sort()
+        out = torch.empty_like(order)
+        for mine, around in zip(order.split(centre.bincount(minlength=len(self.around)).tolist()), self.around):
+            out[mine] = around[self._best(d[mine], self.rows[around], self.half[around])]
+        return out
+
+    @staticmethod
+    def _best(d: Tensor, rows: Tensor, half: Tensor) -> Tensor:
+        # max is faster than argmax on a CPU.
+        parts = [torch.addmm(-half, part, rows.T).max(1).indices for part in d.split(1024)]
+        return torch.cat(parts)
 
 
 class _Coder:
@@ -491,19 +557,24 @@ class _Coder:
         read = lambda name: np.fromfile(folder / name, np.float16).astype(np.float32)
         self.centroids, self.refinements = (torch.from_numpy(read(name)).to(device).view(-1, *shape)
                                             for name, shape in (("centroids", (E,)), ("refinements", (256, E))))
+        self.list_of, self.refine = _Nearest(self.centroids), [_Nearest(table) for table in self.refinements]
         self.quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
         faiss.copy_array_to_vector(read("codewords"), self.quantizer.centroids)
+        self.quantizer.sync_transposed_centroids()  # faster, with the same result
 
     def __call__(self, d: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """d [T, E] -> codes uint8 [T, M + S], lists uint16 [T]"""
         d = d.to(self.centroids.device)
-        lists = _nearest(d, self.centroids)
-        rest, refined = d - self.centroids[lists], []
-        for table in self.refinements:
-            refined.append(_nearest(rest, table))
-            rest = rest - table[refined[-1]]
-        codes = [self.quantizer.compute_codes(rest.cpu().numpy()), torch.stack(refined, 1).cpu().numpy().astype(np.uint8)]
-        return np.concatenate(codes, 1), lists.cpu().numpy().astype(np.uint16)
+        lists, codes = self.list_of(d), np.empty((len(d), len(self.refine) + self.quantizer.M), np.uint8)
+        for first in range(0, len(d), DECODED):
+            part = slice(first, first + DECODED)
+            rest, refined = d[part] - self.centroids[lists[part]], []
+            for nearest, table in zip(self.refine, self.refinements):
+                refined.append(nearest(rest))
+                rest -= table[refined[-1]]
+            codes[part, :self.quantizer.M] = self.quantizer.compute_codes(rest.cpu().numpy())
+            codes[part, self.quantizer.M:] = torch.stack(refined, 1).cpu().numpy()
+        return codes, lists.cpu().numpy().astype(np.uint16)
 
 
 def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarray, d_sample: Tensor,
@@ -556,12 +627,11 @@ def _merge(folder: Path, world: int, manifest: dict) -> None:
         path.unlink()
     T, M = len(lists), os.path.getsize(folder / "codes") // len(lists) - REFINEMENTS
     K = os.path.getsize(folder / "centroids") // (M * CODED * 2)
-    arrays = dict(order=np.argsort(lists, kind="stable"),  # by 16 bits: a radix sort
-                  list_starts=np.append(0, np.bincount(lists, minlength=K).cumsum()),
+    arrays = dict(list_starts=np.append(0, np.bincount(lists, minlength=K).cumsum()),
                   offsets=np.append(0, lengths.cumsum()))
     for name, array in arrays.items():
         array.astype(DTYPES[name]).tofile(folder / name)
-    manifest["shapes"] = dict(codes=[T, M + REFINEMENTS], lists=[T], order=[T], list_starts=[K + 1],
+    manifest["shapes"] = dict(codes=[T, M + REFINEMENTS], lists=[T], list_starts=[K + 1],
                               offsets=[len(lengths) + 1], centroids=[K, M * CODED],
                               refinements=[REFINEMENTS, 256, M * CODED], codewords=[M, 256, CODED])
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

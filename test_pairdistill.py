@@ -1459,6 +1459,24 @@ def test_any_batch_of_queries_gives_each_query_its_own_result(index, queries, mo
         torch.testing.assert_close(index.search(q[b:b + 1, :n], 20)[0], scores[b:b + 1])
 
 
+def test_one_query_finds_without_decoding_what_many_find_with_it(index, queries):
+    q, q_mask = queries
+    for b in range(9):
+        n = int(q_mask[b].sum())
+        alone = index._candidates(q[b:b + 1, :n], q_mask[b:b + 1, :n], 20, 80)[0]
+        shared = index._candidates(q[[b, b], :n], q_mask[[b, b], :n], 20, 80)[0]
+        assert np.isin(alone[:20], shared).mean() > .9
+
+
+def test_a_token_s_list_is_nearly_always_the_nearest_though_few_are_compared():
+    rng = torch.Generator().manual_seed(0)
+    centroids = F.normalize(torch.randn(2000, 32, generator=rng), dim=1)
+    d = F.normalize(centroids[torch.randint(2000, (3000,), generator=rng)] + .1 * torch.randn(3000, 32, generator=rng), dim=1)
+    nearest = torch.cdist(d, centroids)
+    chosen = nearest.gather(1, retrieve._Nearest(centroids)(d)[:, None])[:, 0]
+    assert (chosen == nearest.amin(1)).float().mean() > .9 and (chosen / nearest.amin(1)).mean() < 1.05
+
+
 def test_both_ways_to_score_candidates_agree(index, queries):
     q, q_mask = queries
     candidates = index._candidates(q, q_mask, 20, 80)
@@ -1593,7 +1611,7 @@ def edit_manifest(folder, **changes):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f / "codes").write_bytes((f / "codes").read_bytes()[:-1]), "damaged index: codes has"),
-    (lambda f: (f / "order").unlink(), "damaged index: order has 0 bytes, expected"),
+    (lambda f: (f / "lists").unlink(), "damaged index: lists has 0 bytes, expected"),
     (lambda f: (f / "manifest.json").write_text("{"), "not an index"),
     (lambda f: (f / "manifest.json").unlink(), "not an index"),
     (lambda f: edit_manifest(f, format=1), "format 1, expected 2"),
