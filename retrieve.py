@@ -476,7 +476,7 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
     tables = [_cluster_many(d[torch.from_numpy(order[:40 * K])], K, seed)]
     # Each kind of table is trained on other tokens, where there are enough: what is left of the tokens that a table was
     # trained on is smaller than what it will leave of others. FAISS is five times slower with less than 2^15 rows.
-    n_rows = 1 << 16 if T > 256 else 256
+    n_rows = 1 << 15 if T > 256 else 256
     for_refinements, for_codewords = torch.from_numpy(np.resize(order[::-1].copy(), 2 * n_rows)).view(2, n_rows)
     rest = d[for_refinements]
     rest = rest - tables[0][_Nearest(tables[0])(rest)]
@@ -497,7 +497,7 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
 def _cluster(rows: Tensor, K: int, niter: int, seed: int) -> Tensor:
     """FAISS's k-means: [K, E], rounded as it will be stored."""
     kmeans = faiss.Kmeans(rows.shape[1], K, niter=niter, seed=seed + 1, min_points_per_centroid=1,
-                          max_points_per_centroid=256, gpu=faiss.get_num_gpus() > 0)
+                          max_points_per_centroid=128, gpu=faiss.get_num_gpus() > 0)
     kmeans.train(rows.numpy())
     return torch.from_numpy(kmeans.centroids).half().float()
 

@@ -1,7 +1,8 @@
 """retrieve.py against exact search and, in the same run and on the same embeddings, PyLate's PLAID index.
 
     python results/retrieval/measure.py --student FOLDER --data SPEC --split test [--sizes 1000 10000 100000]
-        [--queries 300] [--plaid PYTHON] [--out results/retrieval/NAME.json]
+        [--queries 300] [--plaid PYTHON] --out results/retrieval/NAME.json
+    python results/retrieval/measure.py --predict results/retrieval/*.json     # MS MARCO's size, from the growth seen
 
 One row for each size and engine. A size above the collection's is reached by perturbed copies of its passages: each token
 is mixed with a token of another passage, so that it stays near the real ones, at a cosine of about .9 from its own. PYTHON
@@ -146,16 +147,21 @@ size = sum(p.stat().st_size for p in (folder / "plaid").rglob("*") if p.is_file(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--student")
+    parser.add_argument("--data")
     parser.add_argument("--split", default="test")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="default: the whole collection")
     parser.add_argument("--queries", type=int, default=300, help="the first so many of the split (default: 300)")
     parser.add_argument("--plaid", metavar="PYTHON")
     parser.add_argument("--plaid-up-to", type=int, default=20_000, metavar="N", help="passages (default: 20,000)")
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help="an .npz that keeps them for the next time")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--predict", type=Path, nargs="+", metavar="FILE")
     args = parser.parse_args()
+    if args.predict:
+        return predict(args.predict)
+    if not (args.student and args.data and args.out):
+        parser.error("--student, --data and --out are needed")
     collection = load_collection(args.data)
     qids = list(collection.qrels[args.split])[:args.queries]
     if args.embeddings and args.embeddings.exists():
@@ -175,9 +181,27 @@ def main() -> None:
 
     rows = [row for n in args.sizes or [real] for row in measure(Stored(z["d"], z["offsets"]), q, mask, n, ndcg,
                                                                   args.plaid if n <= args.plaid_up_to else None)]
-    out = {"argv": sys.argv[1:], "threads": torch.get_num_threads(), "queries": len(qids),
+    out = {"data": Path(args.data).name, "threads": torch.get_num_threads(), "queries": len(qids),
            "query tokens": float(mask.sum(1).float().mean()), "encode tokens/s": float(z["speed"]), "rows": rows}
     args.out.write_text(json.dumps(out, indent=1))
+
+
+def predict(files: list[Path]) -> None:
+    """Fits cost = a tokens^b to each index of 10,000 passages and more, and prints what it is at MS MARCO's size."""
+    said = [json.loads(file.read_text()) for file in files]
+    rows = [row for one in said for row in one["rows"] if row["engine"] == "index" and row["passages"] >= 10_000]
+    tokens = np.log([row["tokens"] for row in rows])
+    PASSAGES, TOKENS, QUERIES = 8_841_823, 6.0e8, 800_000  # ColBERT counts 600 million tokens of 180 at most
+    encoded = [one["encode tokens/s"] for one in said if np.isfinite(one["encode tokens/s"])]
+    print(f"{PASSAGES:,} passages of {TOKENS:,.0f} tokens, {QUERIES:,} queries, this machine, from {len(rows)} indexes")
+    print(f"{'encode':<12}{TOKENS / np.mean(encoded) / 3600:10.1f} hours  (tokens^1, {np.mean(encoded):,.0f} tokens a second)")
+    for name, cost, scale, unit in (("build", lambda r: r["build_s"], 1 / 3600, "hours"),
+                                    ("search", lambda r: 1 / r["q/s"], QUERIES / 3600, "hours"),
+                                    ("one query", lambda r: r["one_ms"], 1, "ms"),
+                                    ("disk", lambda r: r["bytes_per_token"] * r["tokens"], 1e-9, "GB"),
+                                    ("memory", lambda r: r["gb"], 1, "GB")):
+        b, a = np.polyfit(tokens, np.log([cost(row) for row in rows]), 1)
+        print(f"{name:<12}{scale * np.exp(a + b * np.log(TOKENS)):10.1f} {unit:<6} (tokens^{b:.2f})")
 
 
 @torch.inference_mode()
