@@ -65,7 +65,7 @@ BLOCK = 1024  # passages that are encoded and written together
 CODED = 4  # dimensions in a byte of code; four float32s are also 16 bytes, which move as one element when decoding
 REFINEMENTS = 8
 GAIN_BITS = 24  # of the 64 in which a similarity is packed behind its query, passage and query token
-PROBES, VISITS = 24, 384  # lists that a query token visits, and that a query visits, at least
+PROBES, SHORT = 24, 16  # lists that a query token visits, for the best 100; a query with fewer tokens visits as many lists
 QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
 SMALL = 1 << 19  # tokens of a corpus that is compared whole: its lists would save little time, and lose passages
 DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which stay in a cache
@@ -269,8 +269,9 @@ class Index:
         (B, Q, _), N = q.shape, len(self)
         b_X, i_X = q_mask.nonzero(as_tuple=True)
         q_XE = q[b_X, i_X]
-        # A query visits 384 lists at least: the fewer its tokens, the more depends on each (DPR has only one).
-        probes_X = (VISITS // q_mask.sum(1)[b_X]).clamp(min=max(PROBES, k // 50), max=len(self.centroids) - 1)
+        # The fewer passages are wanted, or the fewer tokens a query has, the fewer or more lists each token visits.
+        probes = max(min(PROBES, PROBES // 2 + k // 8), k // 50)
+        probes_X = (SHORT * probes // q_mask.sum(1)[b_X]).clamp(min=probes, max=len(self.centroids) - 1)
         near = (q_XE @ self.centroids.T).topk(int(probes_X.max()) + 1 if len(b_X) else 1)
         # A centroid is the mean of its tokens: the first list that is not visited tells what is missed on average, one
         # of those visited what a good match is. What is less similar does not count, and half-way is imputed for it.
