@@ -22,7 +22,9 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import string
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -330,11 +332,13 @@ def attention(device: torch.device):
 
 def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ranks: Ranks, desc: str, seed: int,
         weight_decay: float = 0.0, clip: float = 2.0, checkpoint_folder: Path | None = None,
-        checkpoint_every: int = 500) -> list[list[float]]:
+        checkpoint_every: int = 500, batch_of=None) -> list[list[float]]:
     """AdamW with linear warm-up and decay, on any number of ranks. Returns the loss terms of every step.
 
     batch_terms(step) -> float [n]: the terms of this rank's share of the global batch, the total loss first. Their sum
-    over ranks is the batch's loss, so the sum of the ranks' gradients is its gradient.
+    over ranks is the batch's loss, so the sum of the ranks' gradients is its gradient. batch_of(step) -> what that batch
+    held, which is written beside the checkpoint if its loss is not finite; then ValueError is raised. On SIGTERM rank 0
+    writes a checkpoint after the step in hand, and all exit with 143.
     # OURS: weight decay is explicit: 0, as the authors' transformers.AdamW had it; torch's default is 0.01.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -344,25 +348,72 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
     model.train()
     bar = tqdm(range(start, steps), desc=desc, initial=start, total=steps, disable=not ranks.first, leave=False,
                mininterval=1.0)
-    for step in bar:
-        # Dropout is a function of (seed, step, rank): a resumed run draws what an undisturbed one draws.
-        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + ranks.rank)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
-        optimizer.zero_grad()
-        with attention(ranks.device):
-            with half(ranks.device):
-                terms = batch_terms(step)
-            terms[0].backward()
-        history.append(sum_gradients(model, terms, ranks))
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        if step % 10 == 9:
-            bar.set_postfix(loss=f"{float(history[-1][0]):.3f}")
-        if checkpoint_folder and ranks.first and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
-            _save_checkpoint(checkpoint_folder, model, optimizer, history)
+    checked = start
+    with AfterStep(ranks) as sigterm:
+        for step in bar:
+            # Dropout is a function of (seed, step, rank): a resumed run draws what an undisturbed one draws.
+            torch.manual_seed((seed * 1_000_003 + step) * 1_009 + ranks.rank)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
+            optimizer.zero_grad()
+            with attention(ranks.device):
+                with half(ranks.device):
+                    terms = batch_terms(step)
+                terms[0].backward()
+                history.append(sum_gradients(model, terms, ranks))
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            due = checkpoint_folder and (step + 1 < steps) and ((step + 1) % checkpoint_every == 0 or sigterm.came)
+            if step % 10 == 9 or step + 1 == steps or due:  # not at each step: a GPU would wait for the answer
+                _refuse_nan(history, checked, checkpoint_folder, batch_of, ranks)
+                checked = step + 1
+                bar.set_postfix(loss=f"{float(history[-1][0]):.3f}")
+            if due and ranks.first:
+                _save_checkpoint(checkpoint_folder, model, optimizer, history)
+            if sigterm.came and ranks.first:
+                raise SystemExit(143)  # the others find rank 0 gone at their next sum
     model.eval()
     return torch.stack(history).cpu().tolist() if history else []
+
+
+class AfterStep:
+    """While steps are made, a SIGTERM is only noted; an error that then follows from rank 0's exit is an exit too."""
+
+    def __init__(self, ranks: Ranks):
+        self.came, self.ranks, self.before = False, ranks, None
+        if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
+            self.before = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_) -> None:
+        self.came = True
+        if not self.ranks.first:
+            signal.alarm(8)  # ends a rank that waits for one that is gone
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+        if self.came and isinstance(error, RuntimeError):
+            raise SystemExit(143) from None
+
+
+def _refuse_nan(history: list, checked: int, folder: Path | None, batch_of, ranks: Ranks) -> None:
+    """Raises ValueError at the first of the losses from step `checked` on that is not finite."""
+    losses = torch.stack([terms[0] for terms in history[checked:]])
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return
+    step, held = checked + bad[0], ""
+    if batch_of and folder:
+        path, batch = folder / f"batch{step}.json", batch_of(step)
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(batch, indent=1))
+        held = f", whose queries begin with {batch[0]['query'][:60]!r}; all of them are in {path}"
+    raise ValueError(f"the loss of step {step} is {losses[bad[0]].item()}{held}; the same command goes on from the last "
+                     f"checkpoint before it, and a lower learning rate, in another --out, may mend it")
 
 
 def _save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list) -> None:
@@ -373,15 +424,19 @@ def _save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Opti
     state["history"] = torch.stack(history)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, folder / "writing.safetensors")
+    if (folder / "last.safetensors").exists():
+        os.replace(folder / "last.safetensors", folder / "previous.safetensors")
     os.replace(folder / "writing.safetensors", folder / "last.safetensors")
 
 
 def _resume(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, history: list,
             ranks: Ranks) -> int:
     """The step to go on from: 0 where there is no checkpoint."""
-    if not folder or not (folder / "last.safetensors").exists():
+    files = [folder / f"{name}.safetensors" for name in ("last", "previous")] if folder else []
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
         return 0
-    state = load_file(folder / "last.safetensors")
+    state = load_file(file)
     model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     slots: dict[int, dict] = {}
     for k, v in state.items():
@@ -441,5 +496,9 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
             n_pairs=int((examples["pairs"][rows, :, 0] >= 0).sum()))
         return torch.stack(list(losses))
 
+    def batch_of(step: int) -> list[dict]:
+        return [dict(query=queries[r], passages=[passages[p] for p in examples["passages"][r]],
+                     **{k: v[r].tolist() for k, v in examples.items() if k != "passages"}) for r in batches[step]]
+
     return fit(student, batch_terms, steps, lr=lr, warmup=warmup, ranks=ranks, desc=desc, seed=seed,
-               checkpoint_folder=checkpoint_folder)
+               checkpoint_folder=checkpoint_folder, batch_of=batch_of)

@@ -181,8 +181,21 @@ def launch(n: int, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except ChildFailedError as e:
-        rank, failure = e.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        killed = {rank: -failure.exitcode for rank, failure in e.failures.items()
+                  if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM}  # which the launcher sends to the others
+        for rank, number in killed.items():
+            print(f"error: rank {rank} was ended by signal {number}"
+                  f"{', perhaps because memory ran out' * (number == signal.SIGKILL)}", file=sys.stderr, flush=True)
+        code = e.get_first_failure()[1].exitcode
+        return 128 + max(killed.values()) if killed else code if code > 0 else 128 - code
+
+
+def exit_on_sigterm() -> None:
+    """A scheduler's SIGTERM: this rank ends in order, and after 8 seconds anyway, if it waits for one that is gone."""
+    def leave(*_) -> None:
+        signal.alarm(8)
+        raise SystemExit(143)
+    signal.signal(signal.SIGTERM, leave)
 
 
 def refuse(error: Exception) -> int:

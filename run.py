@@ -687,9 +687,10 @@ def main(argv: list[str]) -> int:
                 print(why, flush=True)
             if n > 1:
                 code = ranks.launch(n, [os.path.abspath(__file__), *argv])
-                if code in (130, 143):
+                if code > 128:
                     print(stopped, flush=True)
                 return code
+        ranks.exit_on_sigterm()
         me = ranks.init()
         import transformers
         transformers.logging.set_verbosity_error()
@@ -702,11 +703,20 @@ def main(argv: list[str]) -> int:
         return 0
     except ValueError as e:
         return ranks.refuse(e)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as e:
         if ranks.LAUNCHED not in os.environ:  # else the parent says it
             print(stopped, flush=True)
-        return 130
+        return 130 if isinstance(e, KeyboardInterrupt) else e.code
+    except Exception as e:
+        if not any(words in str(e) for words in ("No space left", "disk is full", "disk I/O error")):
+            raise
+        print(f"error: the disk that holds {config.out} is full; what is finished is kept: make room, and the same command "
+              f"goes on", file=sys.stderr, flush=True)
+        return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not sys.exit: a thread of gloo or of the launcher can abort an interpreter that is ending

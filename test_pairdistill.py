@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -944,6 +945,29 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(encoder, tmp_pa
     assert again == terms and all(torch.equal(x, y) for x, y in zip(whole.parameters(), resumed.parameters()))
 
 
+def test_a_loss_that_is_not_finite_stops_training_before_it_reaches_a_checkpoint(encoder, tmp_path, monkeypatch):
+    import pairdistill
+    monkeypatch.setattr(pairdistill.fit, "__kwdefaults__", {**pairdistill.fit.__kwdefaults__, "checkpoint_every": 2})
+    with pytest.raises(ValueError, match=r"the loss of step \d is nan, whose queries begin with") as refusal:
+        train_a_little(encoder, examples_of(), steps=8, lr=1e30, checkpoint_folder=tmp_path)  # overflows at once
+    step = int(re.search(r"step (\d)", str(refusal.value))[1])
+    saved = json.loads((tmp_path / f"batch{step}.json").read_text())
+    assert step > 0 and [row["query"] for row in saved] == [TEXTS[r] for r in Batches(6, 4, 3)[step]]
+    assert all(len(row["passages"]) == len(row["teacher"]) for row in saved)
+    assert not (tmp_path / "last.safetensors").exists()  # its first one was due when the loss was no longer finite
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_where_the_newer_is_gone(encoder, tmp_path, monkeypatch):
+    import pairdistill
+    monkeypatch.setattr(pairdistill.fit, "__kwdefaults__", {**pairdistill.fit.__kwdefaults__, "checkpoint_every": 2})
+    whole, terms = train_a_little(encoder, examples_of(), steps=7, checkpoint_folder=tmp_path)
+    kept = [len(load_file(tmp_path / f"{name}.safetensors")["history"]) for name in ("last", "previous")]
+    assert kept == [6, 4] and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "last.safetensors").unlink()  # as when the process was killed between the two renames
+    resumed, again = train_a_little(encoder, examples_of(), steps=7, checkpoint_folder=tmp_path)
+    assert again == terms and all(torch.equal(x, y) for x, y in zip(whole.parameters(), resumed.parameters()))
+
+
 TWO_RANKS = """
 import contextlib, sys, torch
 sys.path.insert(0, {here!r})
@@ -1848,20 +1872,74 @@ def test_a_flag_out_of_range_is_refused_by_name(tmp_path, capsys, flags, says):
     assert says in refused(capsys, "--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, *flags)
 
 
-def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, str(HERE / "run.py"), "--data", str(random_words_folder(tmp_path / "data")), "--out",
-               str(tmp_path / "run"), "--gpus", "2", *TINY, "--base-steps", "100000"]
+def start_a_long_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
+    """Two ranks whose iteration 0 does not end; returns when it has begun to train."""
+    if not (tmp_path / "data").exists():
+        random_words_folder(tmp_path / "data")
+    command = [sys.executable, str(HERE / "run.py"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"),
+               "--gpus", "2", *TINY, "--base-steps", "100000", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    for line in process.stdout:
-        if line.startswith("iteration 0"):
+    for line in process.stdout:  # tqdm's bar is rewritten in place, and its lines end with a carriage return
+        if "iteration 0:" in line and "/100000" in line and " 0/100000" not in line:
             break
-    time.sleep(5)
+    return process
+
+
+def no_rank_is_left(process: subprocess.Popen) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on(tmp_path):
+    process = start_a_long_run(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     output = process.communicate(timeout=20)[0]
     assert process.returncode == 130 and "the same command goes on" in output and "Traceback" not in output
-    with pytest.raises(ProcessLookupError):  # no rank is left
-        os.killpg(process.pid, 0)
+    assert no_rank_is_left(process)
+
+
+def test_a_scheduler_s_sigterm_leaves_a_checkpoint_that_the_same_command_goes_on_from(tmp_path):
+    process = start_a_long_run(tmp_path)
+    start = time.time()
+    process.terminate()  # the launcher alone gets it
+    output = process.communicate(timeout=20)[0]
+    assert time.time() - start < 10 and process.returncode == 143 and no_rank_is_left(process)
+    assert "the same command goes on" in output and "Traceback" not in output
+    steps = len(load_file(tmp_path / "run" / "iter0" / "checkpoint" / "last.safetensors")["history"])
+    process = start_a_long_run(tmp_path)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert len(load_file(tmp_path / "run" / "iter0" / "checkpoint" / "last.safetensors")["history"]) > steps > 0
+
+
+def test_when_one_rank_is_killed_all_end_and_the_signal_is_named(tmp_path):
+    process = start_a_long_run(tmp_path)
+    ranks_running = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "run.py"], capture_output=True, text=True).stdout.split()
+    start = time.time()
+    os.kill(int(ranks_running[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=30)[0]
+    assert time.time() - start < 10 and process.returncode > 128 and no_rank_is_left(process)
+    assert "was ended by signal 9" in output and "the same command goes on" in output
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path, capsys):
+    data, disk = random_words_folder(tmp_path / "data"), tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        command = ["--data", str(data), "--out", str(disk / "run"), *TINY, "--iters", "0", "--rerank", "0"]
+        message = refused(capsys, *command)
+        assert "is full" in message and len(message.splitlines()) == 1
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        assert run.main(command) == 0
+    finally:
+        subprocess.run(["umount", "-l", str(disk)])
 
 
 # README.md ----------------------------------------------------------------------------------------------------------
@@ -1890,3 +1968,17 @@ def test_the_readmes_loss_table_is_what_results_hold():
         rows = [json.loads((HERE / "results" / "docs-losses" / f"{name}-{seed}.json").read_text())[-1] for seed in range(3)]
         means = [r["MRR@10"] for r in rows]
         assert [float(x) for x in line.split("|")[2:6]] == [round(x, 3) for x in (*means, sum(means) / 3)]
+
+
+def retrieval_row(collection: str, row: dict) -> str:
+    cell = lambda name, form: form.format(row[name]) if row.get(name) is not None else "–"
+    return (f"| {collection}, {row['passages']:,} | {row['engine']} | {cell('bytes_per_token', '{:.1f}')} | "
+            f"{cell('recall@100', '{:.3f}')} | {cell('nDCG@10', '{:.3f}')} | {cell('one_ms', '{:.0f}')} | "
+            f"{cell('q/s', '{:.0f}')} | {cell('build tokens/s', '{:,.0f}')} |")
+
+
+def test_the_readmes_retrieval_table_is_what_results_hold():
+    readme = (HERE / "README.md").read_text()
+    for name, collection in (("scifact", "SciFact"), ("medquad", "MedQuAD"), ("medquad-100k", "MedQuAD, perturbed")):
+        for row in json.loads((HERE / "results" / "retrieval" / f"{name}.json").read_text())["rows"]:
+            assert retrieval_row(collection, row) in readme
