@@ -88,7 +88,8 @@ class Index:
         self.device = self.codes.device
         self.first_codeword_M = 256 * torch.arange(len(self.codewords), dtype=torch.int32, device=self.device)
         self.rows = torch.cat([self.centroids, *self.refinements])  # [K + 256 S, E]
-        self.first_row_S = len(self.centroids) + self.first_codeword_M[:len(self.refinements)]
+        self.first_row_S = len(self.centroids) + 256 * torch.arange(len(self.refinements), dtype=torch.int32,
+                                                                    device=self.device)
         self.codeword_elements = self.codewords.flatten().view(torch.complex128)  # nothing complex: 16 bytes each
 
     def __len__(self) -> int:
