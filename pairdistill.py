@@ -22,9 +22,7 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import string
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -39,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from maxsim_kernel import pairdistill_objective
-from ranks import Ranks, gather_passages, has_bfloat16, sum_gradients
+from ranks import AfterStep, Ranks, gather_passages, has_bfloat16, sum_gradients
 
 MARKS, LEVELS = 16, 128  # token types of a teacher's marks, and of each of its two scales
 METADATA, OURS = "artifact.metadata", "pairdistill.json"  # ColBERT's settings file, and ours for what it has no word for
@@ -374,29 +372,6 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
                 raise SystemExit(143)  # the others find rank 0 gone at their next sum
     model.eval()
     return torch.stack(history).cpu().tolist() if history else []
-
-
-class AfterStep:
-    """While steps are made, a SIGTERM is only noted; an error that then follows from rank 0's exit is an exit too."""
-
-    def __init__(self, ranks: Ranks):
-        self.came, self.ranks, self.before = False, ranks, None
-        if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
-            self.before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_) -> None:
-        self.came = True
-        if not self.ranks.first:
-            signal.alarm(8)  # ends a rank that waits for one that is gone
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
-        if self.came and isinstance(error, RuntimeError):
-            raise SystemExit(143) from None
 
 
 def _refuse_nan(history: list, checked: int, folder: Path | None, batch_of, ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,6 +197,29 @@ def exit_on_sigterm() -> None:
         signal.alarm(8)
         raise SystemExit(143)
     signal.signal(signal.SIGTERM, leave)
+
+
+class AfterStep:
+    """While steps are made, a SIGTERM is only noted; an error that then follows from rank 0's exit is an exit too."""
+
+    def __init__(self, ranks: Ranks):
+        self.came, self.ranks, self.before = False, ranks, None
+        if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
+            self.before = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_) -> None:
+        self.came = True
+        if not self.ranks.first:
+            signal.alarm(8)  # ends a rank that waits for one that is gone
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+        if self.came and isinstance(error, RuntimeError):
+            raise SystemExit(143) from None
 
 
 def refuse(error: Exception) -> int:

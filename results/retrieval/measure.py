@@ -9,7 +9,8 @@ is mixed with a token of another passage, so that it stays near the real ones, a
 is the interpreter of an environment in which `pylate` is installed (nothing of it is needed otherwise).
 
 recall: of the best 100 passages by exact MaxSim on the uncoded embeddings. nDCG@10: where all passages are real.
-one_ms: median of one query at a time, for the best 10, encoding aside; recall@10: these queries' share of the exact best 10. q/s: all queries in one call, for the best 100.
+one_ms: median of one query at a time, for the best 10, encoding aside; recall@10: these queries' share of the exact best
+10. q/s: all queries in one call, for the best 100.
 build tokens/s: training of the tables, coding and writing, past encoding. gb: the most memory held while building, beyond
 what the process (which keeps all embeddings) held before.
 """
