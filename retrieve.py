@@ -13,20 +13,20 @@ dimension; 4 dimensions share 256 codewords, where 2 bits each would give them 4
 
     token  ~  (centroid + refinement_1 ... refinement_8 + [codeword_1 ... codeword_32]) / norm
 
-ColBERT renormalises too: +.015 of recall. Eight refinements instead of four take a fifth of the squared error (SciFact, MiniLM).
+ColBERT renormalises too. Centroids and refinements are stored in a byte an element, as the codes that follow make up for
+the rounding: so there is room for twice as many centroids, which take a tenth of the squared error (SciFact, MiniLM).
 
 Codes are in corpus order, so that a passage's tokens lie together. All files are memory-mapped: an index of any size
 opens at once. What lists hold which tokens follows from the codes, and is sorted when a search first needs it.
 
 How it is searched. (1) The tokens of each query token's nearest lists are compared with it; those count that are more
-similar than the centroids of most of these lists. (2) A passage is ranked by its partial MaxSim, where a query token
+similar than the centroids of half of these lists. (2) A passage is ranked by its partial MaxSim, where a query token
 that found nothing in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed
 behind its query, passage and query token in one integer, so that one sort does both the grouping and the maximum.
-(3) The best 3 k candidates are decoded whole and scored exactly.
+(3) The best 5 k candidates are decoded whole and scored exactly.
 
 OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
-rank far better (with the same centroids, .98 of the best 50 passages are among the first 200, and not .83), so that a
-quarter of the centroids suffices.
+rank better, so that half as many suffice.
 
 A single-vector student (DPR) is the case of one token a passage, not normalised. Any number of ranks builds the same
 files, in a folder that they share: passages are encoded in blocks that do not depend on the ranks. A build writes
@@ -60,18 +60,19 @@ from tqdm import tqdm
 from maxsim_kernel import maxsim, maxsim_paired
 from ranks import has_bfloat16
 
-FORMAT = 3
+FORMAT = 4
 BLOCK = 1024  # passages that are encoded and written together
 CODED = 4  # dimensions in a byte of code; four float32s are also 16 bytes, which move as one element when decoding
 REFINEMENTS = 8
 GAIN_BITS = 24  # of the 64 in which a similarity is packed behind its query, passage and query token
-PROBES, SHORT = 24, 16  # lists that a query token visits, for the best 100; a query with fewer tokens visits as many lists
+PROBES, SHORT = 32, 24  # lists that a query token visits, for the best 100; a query with fewer tokens visits as many lists
 QUERIES, QUERIES_LISTED, QUERIES_RANKED = 4096, 512, 64  # scored together; of these, candidates found, and sorted
 SMALL = 1 << 19  # tokens of a corpus that is compared whole: its lists would save little time, and lose passages
 DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which stay in a cache
 MEASURED, DEPTH = 32, 100  # queries that a new index is measured by, and how many passages of each
 DTYPES = {"codes": np.uint8, "lists": np.uint16, "list_starts": np.int64, "offsets": np.int64,
-          "centroids": np.float16, "refinements": np.float16, "codewords": np.float16}  # one raw file each; the manifest has their shapes
+          "centroids": np.int8, "refinements": np.int8, "steps": np.float32,  # of these two tables' grids
+          "codewords": np.float16}  # one raw file each; the manifest has their shapes
 
 
 class Index:
@@ -86,6 +87,8 @@ class Index:
         self.folder, self.manifest = folder, manifest
         self.__dict__.update(arrays)
         self.device = self.codes.device
+        self.centroids, self.refinements = _off_grid(self.centroids, self.refinements, self.steps)
+        self.codewords = self.codewords.float()
         self.first_codeword_M = 256 * torch.arange(len(self.codewords), dtype=torch.int32, device=self.device)
         self.rows = torch.cat([self.centroids, *self.refinements])  # [K + 256 S, E]
         self.first_row_S = len(self.centroids) + 256 * torch.arange(len(self.refinements), dtype=torch.int32,
@@ -138,8 +141,8 @@ class Index:
             partial.mkdir(parents=True)
         barrier()  # without it a rank could write into what rank 0 is about to remove
         # The sample trains the quantizers. Its tokens wait in files for their turn: nothing is encoded twice.
-        sample = np.random.default_rng(seed).permutation(len(passages))[:1000 + 16 * math.isqrt(len(passages))]
-        sample.sort()  # OURS: ColBERT takes 16 sqrt(120 N) passages, but eight times our centroids are to be trained
+        sample = np.random.default_rng(seed).permutation(len(passages))[:2000 + 24 * math.isqrt(len(passages))]
+        sample.sort()  # OURS: ColBERT takes 16 sqrt(120 N) passages, for large N seven times as many
         groups = np.split(sample, range(BLOCK, len(sample), BLOCK))
         for g in range(rank, len(groups), world):
             d, lengths = _encode(student, [passages[n] for n in groups[g]])
@@ -194,7 +197,7 @@ class Index:
             array = np.memmap(path, dtype, "c", shape=shape)  # copy-on-write, because torch wants to be able to write
             # torch cannot index with uint16, nor compute: the same bits as int16, and a mask where they are read.
             tensor = torch.from_numpy(array.view(np.int16) if dtype == np.uint16 else array).to(device)
-            arrays[name] = tensor.float() if dtype == np.float16 else tensor  # the tables are small
+            arrays[name] = tensor
         return cls(folder, manifest, arrays)
 
     # Search -----------------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ class Index:
         q_mask = q.new_ones(q.shape[:2], dtype=torch.bool) if q_mask is None else q_mask.to(self.device)
         scores = q.new_full((len(q), k), -torch.inf)
         positions = torch.full((len(q), k), -1, device=self.device)
-        C = 3 * k + 20 if k < 150 else k + 320  # the deeper, the less it matters who comes last
+        C = 5 * k if k < 150 else k + 600  # the deeper, the less it matters who comes last
         for start in range(0, len(q), QUERIES):
             rows = slice(start, start + QUERIES)
             if exact or 2 * C > len(self) or len(self.lists) < SMALL:
@@ -271,15 +274,15 @@ class Index:
         b_X, i_X = q_mask.nonzero(as_tuple=True)
         q_XE = q[b_X, i_X]
         # The fewer passages are wanted, or the fewer tokens a query has, the fewer or more lists each token visits.
-        probes = max(min(PROBES, PROBES // 2 + k // 8), k // 50)
+        probes = max(min(PROBES, PROBES // 3 + k // 5), k // 50)
         probes_X = (SHORT * probes // q_mask.sum(1)[b_X]).clamp(min=probes, max=len(self.centroids) - 1)
         near = (q_XE @ self.centroids.T).topk(int(probes_X.max()) + 1 if len(b_X) else 1)
         # A centroid is the mean of its tokens: the first list that is not visited tells what is missed on average, one
-        # of those visited what a good match is. What is less similar does not count, and half-way is imputed for it.
-        # (.8: in a list of one token, or of equal ones, they are as similar as their centroid, but for rounding.)
-        good_X, missed_X = (near.values.gather(1, rank_X[:, None])[:, 0] for rank_X in (probes_X // 8, probes_X))
-        imputed_X = (missed_X + good_X) / 2
-        margin_X, key_X = .8 * (good_X - imputed_X), b_X * (N * Q) + i_X << GAIN_BITS
+        # in the middle of those visited what a match is. What is less similar does not count: something between the two
+        # is imputed for it.
+        match_X, missed_X = (near.values.gather(1, rank_X[:, None])[:, 0] for rank_X in (probes_X // 2, probes_X))
+        imputed_X = (missed_X + match_X) / 2
+        margin_X, key_X = (match_X - imputed_X) / 2, b_X * (N * Q) + i_X << GAIN_BITS
         visits_XV = torch.arange(near.indices.shape[1], device=q.device) < probes_X[:, None]
         visited_V, order_V = near.indices[visits_XV].sort()
         x_V = visits_XV.nonzero()[:, 0][order_V]
@@ -460,8 +463,10 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 # Building -------------------------------------------------------------------------------------------------------------
 
 def _encode(student, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """texts -> d float16 [T, E], lengths [N]. Float16 halves the sample's files; the codes' error is far larger."""
-    d, offsets = student.encode_passages(texts)
+    """texts -> d float16 [T, E], lengths [N]. Float16 halves the sample's files; the codes' error is far larger than
+    its own, and than that of an encoder in bfloat16, where the hardware has it (ColBERT's is in float16)."""
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=has_bfloat16(student.device)):
+        d, offsets = student.encode_passages(texts)
     return d.cpu().half(), offsets.cpu().long().diff()
 
 
@@ -472,10 +477,10 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
         raise ValueError(f"cannot build the index {folder}: the sample has {T} tokens of {E} dimensions, expected more "
                          f"than 0, of a multiple of {CODED}")
 
-    # OURS: a quarter of ColBERT's number, because it is tokens that are compared, and not their centroids alone.
-    K = min(math.ceil(4 * math.sqrt(T * passages_per_sample)), 1 << 16, T)
+    # OURS: half of ColBERT's number, because it is tokens that are compared, and not their centroids alone.
+    K = min(math.ceil(8 * math.sqrt(T * passages_per_sample)), 1 << 16, T)
     order = np.random.default_rng(seed).permutation(T)
-    tables = [_cluster_many(d[torch.from_numpy(order[:40 * K])], K, seed)]
+    tables = [_cluster_many(d[torch.from_numpy(order[:64 * K])], K, seed)]
     # Each kind of table is trained on other tokens, where there are enough: what is left of the tokens that a table was
     # trained on is smaller than what it will leave of others. FAISS is five times slower with less than 2^15 rows.
     n_rows = 1 << 15 if T > 256 else 256
@@ -490,16 +495,32 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
     quantizer.cp.niter, quantizer.cp.seed, quantizer.cp.min_points_per_centroid = 6, seed + 1, 1
     quantizer.train(other.numpy())
     codewords = faiss.vector_to_array(quantizer.centroids)
-    for name, array in (("centroids", tables[0]), ("refinements", torch.stack(tables[1:])), ("codewords", codewords)):
+    steps = torch.stack([_step(table) for table in tables])
+    whole = [torch.round(table / step) for table, step in zip(tables, steps)]
+    for name, array in (("centroids", whole[0]), ("refinements", torch.stack(whole[1:])), ("steps", steps),
+                        ("codewords", codewords)):
         np.asarray(array).astype(DTYPES[name]).tofile(folder / name)
 
 
+def _step(table: Tensor) -> Tensor:
+    """Of the grid that a table is stored on, a byte an element: the codes that follow make up for the rounding."""
+    return table.abs().max().clamp(min=1e-30) / 127
+
+
+def _on_grid(table: Tensor) -> Tensor:
+    return torch.round(table / _step(table)) * _step(table)
+
+
+def _off_grid(centroids: Tensor, refinements: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    return centroids * steps[0], refinements * steps[1:, None, None]
+
+
 def _cluster(rows: Tensor, K: int, niter: int, seed: int) -> Tensor:
-    """FAISS's k-means: [K, E], rounded as it will be stored."""
+    """FAISS's k-means: [K, E], on the grid on which it will be stored."""
     kmeans = faiss.Kmeans(rows.shape[1], K, niter=niter, seed=seed + 1, min_points_per_centroid=1,
                           max_points_per_centroid=128, gpu=faiss.get_num_gpus() > 0)
     kmeans.train(rows.numpy())
-    return torch.from_numpy(kmeans.centroids).half().float()
+    return _on_grid(torch.from_numpy(kmeans.centroids))
 
 
 def _cluster_many(rows: Tensor, K: int, seed: int) -> Tensor:
@@ -513,7 +534,7 @@ def _cluster_many(rows: Tensor, K: int, seed: int) -> Tensor:
         near = _Nearest(centroids)(rows)
         n_rows = near.bincount(minlength=len(centroids))[:, None]
         centroids = torch.where(n_rows > 0, torch.zeros_like(centroids).index_add_(0, near, rows) / n_rows, centroids)
-    return centroids.half().float()
+    return _on_grid(centroids)
 
 
 class _Nearest:
@@ -554,12 +575,12 @@ class _Coder:
     """Embeddings -> codes and lists, by the tables that _train wrote."""
 
     def __init__(self, folder: Path, E: int, device: torch.device):
-        read = lambda name: np.fromfile(folder / name, np.float16).astype(np.float32)
-        self.centroids, self.refinements = (torch.from_numpy(read(name)).to(device).view(-1, *shape)
-                                            for name, shape in (("centroids", (E,)), ("refinements", (256, E))))
+        read = lambda name: torch.from_numpy(np.fromfile(folder / name, DTYPES[name])).to(device)
+        self.centroids, self.refinements = _off_grid(read("centroids").view(-1, E), read("refinements").view(-1, 256, E),
+                                                     read("steps"))
         self.list_of, self.refine = _Nearest(self.centroids), [_Nearest(table) for table in self.refinements]
         self.quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
-        faiss.copy_array_to_vector(read("codewords"), self.quantizer.centroids)
+        faiss.copy_array_to_vector(read("codewords").float().cpu().numpy(), self.quantizer.centroids)
         self.quantizer.sync_transposed_centroids()  # faster, with the same result
 
     def __call__(self, d: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -626,14 +647,15 @@ def _merge(folder: Path, world: int, manifest: dict) -> None:
     for path in [folder / "lengths", *folder.glob("sample*.npz")]:
         path.unlink()
     T, M = len(lists), os.path.getsize(folder / "codes") // len(lists) - REFINEMENTS
-    K = os.path.getsize(folder / "centroids") // (M * CODED * 2)
+    K = os.path.getsize(folder / "centroids") // (M * CODED)
     arrays = dict(list_starts=np.append(0, np.bincount(lists, minlength=K).cumsum()),
                   offsets=np.append(0, lengths.cumsum()))
     for name, array in arrays.items():
         array.astype(DTYPES[name]).tofile(folder / name)
     manifest["shapes"] = dict(codes=[T, M + REFINEMENTS], lists=[T], list_starts=[K + 1],
                               offsets=[len(lengths) + 1], centroids=[K, M * CODED],
-                              refinements=[REFINEMENTS, 256, M * CODED], codewords=[M, 256, CODED])
+                              refinements=[REFINEMENTS, 256, M * CODED], steps=[1 + REFINEMENTS],
+                              codewords=[M, 256, CODED])
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 

@@ -2,7 +2,8 @@
 
     python results/retrieval/measure.py --student FOLDER --data SPEC --split test [--sizes 1000 10000 100000]
         [--queries 300] [--plaid PYTHON] --out results/retrieval/NAME.json
-    python results/retrieval/measure.py --predict results/retrieval/*.json     # MS MARCO's size, from the growth seen
+    python results/retrieval/measure.py --predict results/retrieval/[ms]*.json --out results/retrieval/prediction.json
+                                                                       # MS MARCO's size, from the growth seen
 
 One row for each size and engine. A size above the collection's is reached by perturbed copies of its passages: each token
 is mixed with a token of another passage, so that it stays near the real ones, at a cosine of about .9 from its own. PYTHON
@@ -81,17 +82,19 @@ def measure(student: Stored, q: torch.Tensor, mask: torch.Tensor, n: int, ndcg, 
             best.add(d, offsets, first)
         return best.scores, best.positions
 
-    def row(engine: str, search, exact: torch.Tensor | None, **more) -> torch.Tensor:
+    def row(engine: str, found: torch.Tensor, exact: torch.Tensor, seconds: float, **more) -> None:
+        recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found)]))
+        rows.append({"passages": n, "engine": engine, "recall@100": recall, "nDCG@10": ndcg(found, n),
+                     "q/s": len(q) / seconds, **more})
+        print(json.dumps(rows[-1]), flush=True)
+
+    def timed(search) -> tuple[torch.Tensor, float]:
         start, before = time.perf_counter(), student.seconds
         found = search(q, min(DEPTH, n), mask)[1]
-        spent = time.perf_counter() - start - (student.seconds - before)
-        recall = 1.0 if exact is None else float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found)]))
-        rows.append({"passages": n, "engine": engine, "recall@100": recall, "nDCG@10": ndcg(found, n),
-                     "q/s": len(q) / spent, **more})
-        print(json.dumps(rows[-1]), flush=True)
-        return found
+        return found, time.perf_counter() - start - (student.seconds - before)
 
-    exact = row("exact, not coded", truth, None, bytes_per_token=4.0 * q.shape[2])
+    exact, seconds = timed(truth)
+    row("exact, not coded", exact, exact, seconds, bytes_per_token=4.0 * q.shape[2])
     with tempfile.TemporaryDirectory(dir=".") as folder:
         before, student.seconds, start = peak_gb(reset=True), 0.0, time.perf_counter()
         retrieve.Index.build(student, numbers, Path(folder) / "index")
@@ -101,21 +104,19 @@ def measure(student: Stored, q: torch.Tensor, mask: torch.Tensor, n: int, ndcg, 
         same = {"tokens": len(index.codes), "lists": len(index.centroids), "build_s": build,
                 "build tokens/s": len(index.codes) / build, "bytes_per_token": index.bytes_per_token, "gb": gb}
         opened = 1e3 * (time.perf_counter() - start)
-        row("index", index.search, exact, **same, open_ms=opened, **one_by_one(index.search, q, mask, exact))
-        whole = lambda q, k, mask: index.search(q, k, mask, exact=True)
-        row("index, exact=True", whole, exact, tokens=len(index.codes))
+        one = one_by_one(index.search, q, mask, exact)
+        found, seconds = timed(index.search)
+        row("index", found, exact, seconds, **same, open_ms=opened, **one)
+        found, seconds = timed(lambda q, k, mask: index.search(q, k, mask, exact=True))
+        row("index, exact=True", found, exact, seconds, tokens=len(index.codes))
     if plaid:
         with tempfile.TemporaryDirectory(dir=".") as folder:
             d, offsets = student.encode_passages(numbers)
             np.savez(Path(folder) / "in.npz", d=d.half().numpy(), offsets=offsets.numpy(), q=q.numpy(), mask=mask.numpy())
             subprocess.run([plaid, "-c", PLAID, folder, str(DEPTH), str(ONES)], check=True)
             said = json.loads((Path(folder) / "out.json").read_text())
-            found = torch.from_numpy(np.load(Path(folder) / "found.npy"))
-            spent = said.pop("batch_s")
-            row("PLAID (PyLate)", lambda *_: (None, found), exact, tokens=len(d), **said)
-            rows[-1] |= {"q/s": len(q) / spent, "build tokens/s": len(d) / said["build_s"],
-                         "bytes_per_token": said["bytes"] / len(d)}
-            print(json.dumps(rows[-1]), flush=True)
+            row("PLAID (PyLate)", torch.from_numpy(np.load(Path(folder) / "found.npy")), exact, said.pop("batch_s"),
+                tokens=len(d), bytes_per_token=said.pop("bytes") / len(d), **said, **{"build tokens/s": len(d) / said["build_s"]})
     return rows
 
 
@@ -160,10 +161,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--predict", type=Path, nargs="+", metavar="FILE")
     args = parser.parse_args()
+    if not args.out or not (args.predict or args.student and args.data):
+        parser.error("--out and either --predict, or --student and --data, are needed")
     if args.predict:
-        return predict(args.predict)
-    if not (args.student and args.data and args.out):
-        parser.error("--student, --data and --out are needed")
+        args.out.write_text(json.dumps(rows := predict(args.predict), indent=1))
+        return print(*(f"{r['cost']:<28}{r['value']:10.1f} {r['unit']:<6} (tokens^{r['power']:.2f})" for r in rows), sep="\n")
     collection = load_collection(args.data)
     qids = list(collection.qrels[args.split])[:args.queries]
     if args.embeddings and args.embeddings.exists():
@@ -188,22 +190,24 @@ def main() -> None:
     args.out.write_text(json.dumps(out, indent=1))
 
 
-def predict(files: list[Path]) -> None:
-    """Fits cost = a tokens^b to each index of 10,000 passages and more, and prints what it is at MS MARCO's size."""
+PASSAGES, TOKENS, QUERIES = 8_841_823, 6.0e8, 800_000  # MS MARCO's; ColBERT counts 600 million tokens of 180 at most
+
+
+def predict(files: list[Path]) -> list[dict]:
+    """Fits cost = a tokens^power to each index of 10,000 passages and more -> what it is at MS MARCO's size."""
     said = [json.loads(file.read_text()) for file in files]
     rows = [row for one in said for row in one["rows"] if row["engine"] == "index" and row["passages"] >= 10_000]
     tokens = np.log([row["tokens"] for row in rows])
-    PASSAGES, TOKENS, QUERIES = 8_841_823, 6.0e8, 800_000  # ColBERT counts 600 million tokens of 180 at most
-    encoded = [one["encode tokens/s"] for one in said if np.isfinite(one["encode tokens/s"])]
-    print(f"{PASSAGES:,} passages of {TOKENS:,.0f} tokens, {QUERIES:,} queries, this machine, from {len(rows)} indexes")
-    print(f"{'encode':<12}{TOKENS / np.mean(encoded) / 3600:10.1f} hours  (tokens^1, {np.mean(encoded):,.0f} tokens a second)")
+    speed = np.mean([one["encode tokens/s"] for one in said])
+    out = [{"cost": "encode", "value": TOKENS / speed / 3600, "unit": "hours", "power": 1.0}]
     for name, cost, scale, unit in (("build", lambda r: r["build_s"], 1 / 3600, "hours"),
-                                    ("search", lambda r: 1 / r["q/s"], QUERIES / 3600, "hours"),
+                                    ("best 100 of 800,000 queries", lambda r: 1 / r["q/s"], QUERIES / 3600, "hours"),
                                     ("one query", lambda r: r["one_ms"], 1, "ms"),
                                     ("disk", lambda r: r["bytes_per_token"] * r["tokens"], 1e-9, "GB"),
-                                    ("memory", lambda r: r["gb"], 1, "GB")):
-        b, a = np.polyfit(tokens, np.log([cost(row) for row in rows]), 1)
-        print(f"{name:<12}{scale * np.exp(a + b * np.log(TOKENS)):10.1f} {unit:<6} (tokens^{b:.2f})")
+                                    ("memory while building", lambda r: r["gb"], 1, "GB")):
+        power, a = np.polyfit(tokens, np.log([cost(row) for row in rows]), 1)
+        out.append({"cost": name, "value": scale * np.exp(a + power * np.log(TOKENS)), "unit": unit, "power": power})
+    return out
 
 
 @torch.inference_mode()
