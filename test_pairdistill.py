@@ -1687,6 +1687,19 @@ def test_the_command_line_answers_a_question_with_names_scores_and_text(searchab
         assert sum(line.split()[0] in ("1", "2") for line in lines) == 2
 
 
+def test_a_question_beyond_the_limit_is_cut_and_a_passage_of_punctuation_has_its_markers_to_be_found_by(searchable, tmp_path):
+    from pairdistill import Student
+    student = Student.from_pretrained(str(searchable / "student"))
+    index = Index.build(student, ["sum adds the items", "?! ...", "open returns a file object"], tmp_path / "index")
+    assert index.offsets.diff()[1] == 3  # [CLS], [D], [SEP]
+    with torch.no_grad():
+        (long, long_mask), (cut, cut_mask) = (student.encode_queries(["adds the items " * n]) for n in (200, 20))
+    assert long.shape == cut.shape == (1, student.query_length, 16)
+    (scores, positions), (same, _) = index.search(long, 7, long_mask), index.search(cut, 7, cut_mask)
+    assert torch.equal(scores, same) and positions[0, 0] == 0 and sorted(positions[0, :3].tolist()) == [0, 1, 2]
+    assert scores[0, :3].isfinite().all() and (positions[0, 3:] == -1).all()
+
+
 def test_the_command_line_takes_a_runs_newest_student(searchable, tmp_path, capsys, monkeypatch):
     command(searchable, "anything")
     for number in (2, 10):
