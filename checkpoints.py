@@ -1,23 +1,23 @@
 """The folders that a student is loaded from, and the one that it is saved as.
 
-Libraries agree on what a late-interaction model is (an encoder, a projection without bias, L2 normalisation) and write it down
-in three ways:
+What a late-interaction model is, libraries agree on: an encoder, a projection without bias, L2 normalisation. They write it
+down in three ways:
 
-    colbert-ai             model.safetensors or pytorch_model.bin: the encoder under its own prefix (`bert.`), `linear.weight` [E, hidden]
-                           artifact.metadata (JSON): query_maxlen, doc_maxlen, query_token_id, doc_token_id, mask_punctuation, ...
-    PyLate                 modules.json: a Transformer, here, and a Dense in 1_Dense/, whose weights are `linear.weight` again
-                           config_sentence_transformers.json: query_prefix, query_length, do_query_expansion, skiplist_words, ...
-    sentence-transformers  modules.json: Transformer, Dense, MultiVectorMask, Normalize (MultiVectorEncoder, from version 6 on)
-                           sentence_bert_config.json: lengths and query_expansion; prompts, the markers; 2_MultiVectorMask/: punctuation
+    colbert-ai             model.safetensors or pytorch_model.bin: the encoder as `bert.*`, and `linear.weight` [E, hidden]
+                           artifact.metadata (JSON): query_maxlen, doc_maxlen, query_token_id, mask_punctuation, ...
+    PyLate                 modules.json: a Transformer, here, and a Dense in 1_Dense/, which has its own `linear.weight`
+                           config_sentence_transformers.json: query_prefix, query_length, do_query_expansion, ...
+    sentence-transformers  modules.json: Transformer, Dense, MultiVectorMask, Normalize (its MultiVectorEncoder, since 6.0)
+                           sentence_bert_config.json: lengths, expansion; 2_MultiVectorMask/: punctuation; prompts: markers
 
-and a single vector in one: sentence-transformers' Transformer, Pooling and perhaps Dense. `save` writes one folder that all
-of them open: colbert-ai's files, PyLate's beside them (which sentence-transformers reads too), and our own settings.
+and a model of single vectors in one: sentence-transformers' Transformer, Pooling and perhaps Dense. `save` writes one folder
+that all of them open: colbert-ai's files, PyLate's beside them (sentence-transformers reads these too), and our settings.
 
-What they mean by the same words differs little. A length counts every token, the marker and [CLS] and [SEP] too. colbert-ai
-and PyLate insert the marker's id behind [CLS]; sentence-transformers writes it before the text, as a token of its own: the
-same ids. colbert-ai always marks and always expands; the two others ask the settings.
+By the same words they mean the same. A length counts all tokens: marker, [CLS] and [SEP] too. A marker follows [CLS]: ColBERT
+and PyLate insert its id there, sentence-transformers writes it before the text as a token. [MASK]s that fill a query score,
+and unless `attend_to_masks` nobody attends to them. But colbert-ai always marks and always expands, whatever a folder says.
 
-Nothing is guessed: a tensor that is missing, a module or a switch that `Student` has not, raises ValueError in one sentence.
+Nothing is guessed: a tensor that is missing, a module or a switch that Student has not, raises ValueError in one sentence.
 """
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ METADATA, OURS = "artifact.metadata", "pairdistill.json"  # ColBERT's settings f
 SETTINGS = {"architecture", "dim", "query_length", "passage_length", "query_expansion", "markers", "pooling", "skiplist",
             "attend_to_masks", "base_model"}
 AGAIN = "fetch it or save it again"
-IDENTITY = "torch.nn.modules.linear.Identity"
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 def load_encoder(name: str):
     """An encoder, every tensor of it from the checkpoint, and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer
-    # BERT's pooler has no part in a token embedding: without it there is nothing untrained to save.
+    # A pooler has no part in a token embedding: without it there is nothing untrained to save.
     pooler = {"add_pooling_layer": False} if (_json(name, "config.json") or {}).get("model_type") == "bert" else {}
     try:
         encoder, info = AutoModel.from_pretrained(name, output_loading_info=True, **pooler)
@@ -51,9 +50,11 @@ def load_encoder(name: str):
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
         raise ValueError(cannot_load(name, e)) from e
     missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
-    if missing:  # transformers would draw them at random
-        raise ValueError(f"the weights in {name} lack {len(missing)} tensors of the encoder, {missing[0]} among them: the file "
+    if missing:  # transformers has drawn them at random
+        raise ValueError(f"the weights in {name} lack {len(missing)} of the encoder's tensors, such as {missing[0]}: the file "
                          f"is incomplete, or its names have another prefix than {encoder.base_model_prefix!r}; {AGAIN}")
+    if info["missing_keys"]:
+        encoder.pooler = None
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id) or (
             len(tokenizer) <= len(tokenizer.all_special_tokens)):
         raise ValueError(f"{name} has no tokenizer with [CLS], [SEP], [MASK] and a vocabulary: add its tokenizer.json")
@@ -66,31 +67,26 @@ def load_encoder(name: str):
 
 def read(name: str, architecture: str, tokenizer) -> tuple[dict, torch.Tensor | None]:
     """Student's settings, as far as the folder has any, and its projection [E, hidden]; ({}, None) for a plain encoder."""
-    modules, ours, metadata = _json(name, "modules.json", list), _json(name, OURS), _json(name, METADATA)
+    ours, modules, metadata = _json(name, OURS), _json(name, "modules.json", list), _json(name, METADATA)
     if ours is not None and not {"architecture", "dim"} <= ours.keys() <= SETTINGS:
         raise ValueError(f"{name}/{OURS} has the settings {', '.join(ours)}, which are not those of a student; {AGAIN}")
-    settings, weight = {}, None
     if modules is not None:
         settings, weight = _modules(name, modules, ours["architecture"] if ours else architecture, tokenizer)
     else:
         weight = _colbert_weight(name)
-        if weight is not None:
-            settings = _colbert_settings(metadata or {})
-        elif metadata is not None:
-            raise ValueError(f"{name} has {METADATA} but no linear.weight in its weights, which is ColBERT's projection; {AGAIN}")
+        settings = {} if weight is None else _colbert_settings(metadata or {})
     settings = ours or settings
     if ours and not ours["dim"]:
-        return settings, None  # what was saved for the others is the identity
-    if weight is None and settings.get("dim"):
-        raise ValueError(f"{name} lacks the projection to {settings['dim']} dimensions that {OURS} speaks of; {AGAIN}")
-    if weight is not None:
-        if weight.ndim != 2 or settings.get("dim", len(weight)) != len(weight):
-            raise ValueError(f"the projection in {name} has shape {list(weight.shape)}, where its settings say "
-                             f"[{settings.get('dim', 'E')}, hidden]; {AGAIN}")
-        settings["dim"] = len(weight)
-    if ours is None and architecture == "dpr" and settings.get("architecture") == "colbert":
+        return ours, None  # what was saved for the others is the identity
+    if weight is None and (settings.get("dim") or (metadata is not None and modules is None)):
+        raise ValueError(f"the weights in {name} have no linear.weight, and {OURS if ours else METADATA} speaks of a "
+                         f"projection; {AGAIN}")
+    if weight is not None and (weight.ndim != 2 or settings.get("dim", len(weight)) != len(weight)):
+        raise ValueError(f"the projection in {name} has shape {list(weight.shape)}, and the settings there say "
+                         f"[{settings.get('dim', 'E')}, hidden]; {AGAIN}")
+    if not ours and architecture == "dpr" and settings.get("architecture") == "colbert":
         raise ValueError(f"{name} gives a vector a token: load it with architecture='colbert'")
-    return settings, weight
+    return settings | ({} if weight is None else {"dim": len(weight)}), weight
 
 
 def _colbert_weight(name: str) -> torch.Tensor | None:
@@ -107,8 +103,9 @@ def _colbert_settings(metadata: dict) -> dict:
     names = {"dim": "dim", "query_maxlen": "query_length", "doc_maxlen": "passage_length",
              "attend_to_mask_tokens": "attend_to_masks"}
     return {ours: m[theirs] for theirs, ours in names.items() if theirs in m} | dict(
-        architecture="colbert", query_expansion=True, skiplist=string.punctuation if m.get("mask_punctuation", True) else "",
-        markers=[m.get("query_token_id", "[unused0]"), m.get("doc_token_id", "[unused1]")])
+        architecture="colbert", query_expansion=True, markers=[m.get("query_token_id", "[unused0]"),
+                                                               m.get("doc_token_id", "[unused1]")],
+        skiplist=string.punctuation if m.get("mask_punctuation", True) else "")
 
 
 def _modules(name: str, modules: list, architecture: str, tokenizer) -> tuple[dict, torch.Tensor | None]:
@@ -119,77 +116,72 @@ def _modules(name: str, modules: list, architecture: str, tokenizer) -> tuple[di
         raise ValueError(f"{name}/modules.json lists {', '.join(m['type'] for m in modules)}; a student is a Transformer in "
                          f"the folder itself, then Dense, Pooling, MultiVectorMask or Normalize")
     config = _json(name, "config_sentence_transformers.json") or {}
-    if "Pooling" in kinds.values():
+    late = "Pooling" not in kinds.values()
+    if not late:
         # As a start for ColBERT it is a plain encoder. Normalize is left out: DPR scores by the dot product.
         if architecture == "colbert":
             return {}, None
         path = next(path for path, kind in kinds.items() if kind == "Pooling")
         settings = dict(pooling=_pooling(f"{name}/{path}", _json(name, f"{path}/config.json") or {}))
-        _no_prompts(name, config.get("prompts"))
     elif "MultiVectorMask" in kinds.values():
         settings = _multi_vector_settings(name, kinds, config, tokenizer)
-    else:
+    elif "Dense" in kinds.values():
         settings = _pylate_settings(config)
+    else:
+        return {}, None
+    for prompt in (config.get("prompts") or {}).values():
+        if prompt and prompt.strip() not in [m.strip() for m in settings.get("markers", [])]:
+            raise ValueError(f"{name}/config_sentence_transformers.json has {prompt!r} written before texts, which a student "
+                             f"does not do: write it into the texts yourself and remove it there")
     weight = None
     for path in (path for path, kind in kinds.items() if kind == "Dense"):  # linear after linear is linear
         weight = _dense(name, path) if weight is None else _dense(name, path) @ weight
-    return settings | ({} if "Pooling" in kinds.values() else {"dim": None if weight is None else len(weight)}), weight
+    return settings | ({"dim": None} if late and weight is None else {}), weight
 
 
 def _pylate_settings(config: dict) -> dict:
     c = {k: v for k, v in config.items() if v is not None}
     return dict(architecture="colbert", markers=[c.get("query_prefix", "[Q] "), c.get("document_prefix", "[D] ")],
                 query_length=c.get("query_length", 32), passage_length=c.get("document_length", 180),
-                query_expansion=c.get("do_query_expansion", True), attend_to_masks=c.get("attend_to_expansion_tokens", False),
-                skiplist=c.get("skiplist_words", string.punctuation))
+                query_expansion=c.get("do_query_expansion", True), skiplist=c.get("skiplist_words", string.punctuation),
+                attend_to_masks=c.get("attend_to_expansion_tokens", False))
 
 
 def _multi_vector_settings(name: str, kinds: dict, config: dict, tokenizer) -> dict:
     transformer = _json(name, "sentence_bert_config.json") or {}
     mask = _json(name, next(path for path, kind in kinds.items() if kind == "MultiVectorMask") + "/config.json") or {}
-    limit = transformer.get("max_seq_length") or tokenizer.model_max_length
+    limit = min(transformer.get("max_seq_length") or tokenizer.model_max_length,
+                (_json(name, "config.json") or {}).get("max_position_embeddings", 512))
     expansion = transformer.get("query_expansion")
-    if list(kinds.values())[-1] != "Normalize":
-        raise ValueError(f"{name}/modules.json does not end in Normalize, and a student's token vectors are normalised")
+    if "Normalize" not in kinds.values():
+        raise ValueError(f"{name}/modules.json has no Normalize, and a student's token vectors are normalised")
     if mask.get("skiplist_tasks", ["document"]) != ["document"] or mask.get("keep_only_token_ids"):
         raise ValueError(f"{name} leaves out tokens by its MultiVectorMask in a way that a student has not: only "
                          f"skiplist_words of documents can be")
     if expansion and (expansion["strategy"] != "fixed" or expansion.get("token") not in (None, tokenizer.mask_token)):
         raise ValueError(f"{name}/sentence_bert_config.json expands queries by {expansion}; a student fills them with [MASK]s "
                          f"up to a fixed length")
-    prompts = config.get("prompts") or {}
-    return dict(architecture="colbert", query_length=expansion["length"] if expansion else transformer.get("query_length") or limit,
-                passage_length=transformer.get("document_length") or limit, query_expansion=bool(expansion),
-                attend_to_masks=bool(expansion and expansion.get("attend")), skiplist=mask.get("skiplist_words") or "",
-                markers=[_marker(name, prompts.get(role) or "", tokenizer) for role in ("query", "document")])
-
-
-def _marker(name: str, prompt: str, tokenizer) -> str:
-    """sentence-transformers writes a prompt before the text; where that is one token, it is a marker."""
-    tokens = tokenizer.tokenize(prompt)
-    if len(tokens) > 1:
-        _no_prompts(name, [prompt])
-    return tokens[0] if tokens else ""
-
-
-def _no_prompts(name: str, prompts) -> None:
-    found = [p for p in (prompts.values() if isinstance(prompts, dict) else prompts or []) if p]
-    if found:
-        raise ValueError(f"{name}/config_sentence_transformers.json puts {found[0]!r} before texts, which a student does not: "
-                         f"write it into the texts yourself and remove it there")
+    # A prompt is written before the text: where that is one token, it is a marker.
+    prompts = [tokenizer.tokenize((config.get("prompts") or {}).get(role) or "") for role in ("query", "document")]
+    return dict(architecture="colbert", query_expansion=bool(expansion),
+                query_length=expansion["length"] if expansion else transformer.get("query_length") or limit,
+                passage_length=transformer.get("document_length") or limit, skiplist=mask.get("skiplist_words") or "",
+                attend_to_masks=bool(expansion and expansion.get("attend")),
+                markers=[tokens[0] if len(tokens) == 1 else "" for tokens in prompts])
 
 
 def _pooling(folder: str, config: dict) -> str:
     mode = config.get("pooling_mode") or [k.split("_")[2] for k, v in config.items() if k.startswith("pooling_mode_") and v]
     mode = [mode] if isinstance(mode, str) else mode
     if mode not in (["cls"], ["mean"]) or config.get("pooling_mode_mean_sqrt_len_tokens"):
-        raise ValueError(f"{folder}/config.json pools by {', '.join(mode) or 'nothing'}; a student of one vector does by cls or mean")
+        raise ValueError(f"{folder}/config.json pools by {', '.join(mode) or 'nothing'}; a student does by cls or mean")
     return mode[0]
 
 
 def _dense(name: str, path: str) -> torch.Tensor:
     """A Dense module's matrix float32 [out, in]: no bias, no activation, perhaps with the residual path added."""
-    config, file = _json(name, f"{path}/config.json"), find(name, f"{path}/model.safetensors") or find(name, f"{path}/pytorch_model.bin")
+    config = _json(name, f"{path}/config.json")
+    file = find(name, f"{path}/model.safetensors") or find(name, f"{path}/pytorch_model.bin")
     if config is None or file is None:
         raise ValueError(f"{name}/{path} lacks {'config.json' if config is None else 'model.safetensors'}, which modules.json "
                          f"speaks of; {AGAIN}")
@@ -208,7 +200,8 @@ def _linear(path: Path, config: dict | None = None) -> torch.Tensor | None:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as e:
-        raise ValueError(f"{path} cannot be read as weights ({str(e).splitlines()[0][:120]}): it is incomplete; {AGAIN}") from e
+        said = " ".join(str(e).split())[:120]
+        raise ValueError(f"{path} cannot be read as weights ({said}): it is incomplete; {AGAIN}") from e
     weight = tensors.get("linear.weight")
     if weight is not None and "linear.bias" in tensors:
         raise ValueError(f"{path} has a linear.bias: a student's projection has none, so this model cannot be one")
@@ -216,11 +209,13 @@ def _linear(path: Path, config: dict | None = None) -> torch.Tensor | None:
         return weight
     shape = [config["out_features"], config["in_features"]]
     if weight is None or list(weight.shape) != shape:
-        raise ValueError(f"{path} has {'no linear.weight' if weight is None else f'linear.weight of shape {list(weight.shape)}'}, "
-                         f"where its config.json says {shape}; {AGAIN}")
-    if config.get("use_residual"):
-        return weight.float() + (tensors["residual.weight"].float() if "residual.weight" in tensors else torch.eye(*shape))
-    return weight.float()
+        found = "no linear.weight" if weight is None else f"linear.weight of shape {list(weight.shape)}"
+        raise ValueError(f"{path} has {found}, where its config.json says {shape}; {AGAIN}")
+    if not config.get("use_residual"):
+        return weight.float()
+    if "residual.weight" not in tensors and shape[0] != shape[1]:
+        raise ValueError(f"{path} has no residual.weight, which its config.json speaks of; {AGAIN}")
+    return weight.float() + tensors.get("residual.weight", torch.eye(shape[0])).float()
 
 
 def find(name: str, filename: str) -> Path | None:
@@ -253,7 +248,7 @@ def _json(name: str, filename: str, kind: type = dict):
 def cannot_load(name: str, error: Exception) -> str:
     said = " ".join(str(error).split())[:200]
     if Path(name).is_dir():
-        return f"cannot load the folder {name}: {said}"
+        return f"cannot load the folder {name} ({said}); {AGAIN}"
     return (f"cannot load {name!r}: no local folder with a model, and the Hugging Face Hub did not give one "
             f"({said[:120]}); with no network, download it elsewhere "
             f"(`hf download NAME --local-dir FOLDER`) and give the folder")
@@ -286,7 +281,7 @@ def save(student, folder: str | Path) -> None:
     modules = [("", "sentence_transformers.models.Transformer")]
     if student.colbert:
         modules.append(("1_Dense", "pylate.models.Dense.Dense"))
-        # Punctuation that the tokenizer does not know is its [UNK], here, in ColBERT and PyLate; elsewhere only if it is named.
+        # Punctuation that the tokenizer does not know is its [UNK] here, as in ColBERT; sentence-transformers wants that said.
         unknown = student.tokenizer.unk_token
         skiplist = list(dict.fromkeys(unknown if student.token_id(w) is None else w for w in s["skiplist"]))
         config = dict(model_type="ColBERT", similarity_fn_name="MaxSim", prompts={}, default_prompt_name=None,
@@ -308,7 +303,8 @@ def save(student, folder: str | Path) -> None:
     for path, kind in modules:
         if kind.endswith("Dense"):
             _write_json(folder / path / "config.json", dict(in_features=weight.shape[1], out_features=weight.shape[0],
-                                                            bias=False, activation_function=IDENTITY))
+                                                            bias=False,
+                                                            activation_function="torch.nn.modules.linear.Identity"))
             _write_tensors(folder / path / "model.safetensors", {"linear.weight": weight})
     _write_json(folder / "modules.json", [dict(idx=n, name=str(n), path=path, type=kind)
                                           for n, (path, kind) in enumerate(modules)])
@@ -328,34 +324,44 @@ def _write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
+USES = {
+    "pairdistill": """from pairdistill import Student
+student = Student.from_pretrained(FOLDER)
+q, q_mask = student.encode_queries(queries)
+d, offsets = student.encode_passages(passages)""",
+    "PyLate": """from pylate import models
+model = models.ColBERT(FOLDER)
+q, d = model.encode(queries, is_query=True), model.encode(passages, is_query=False)""",
+    "sentence-transformers, from 6.0 on": """from sentence_transformers import MultiVectorEncoder
+model = MultiVectorEncoder(FOLDER)
+q, d = model.encode_query(queries), model.encode_document(passages)""",
+    "colbert-ai": """from colbert.infra import ColBERTConfig
+from colbert.modeling.checkpoint import Checkpoint
+model = Checkpoint(FOLDER, ColBERTConfig())
+q, d = model.queryFromText(queries), model.docFromText(passages)""",
+    "sentence-transformers": """from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(FOLDER)
+q, d = model.encode(queries), model.encode(passages)"""}
+
+
 def card(student) -> str:
     """The model card: what the Hub reads of a model, its settings, and how each library loads it."""
     s, late = student.settings, student.colbert
-    tags = ["sentence-transformers", "pairdistill", *(["PyLate", "ColBERT", "multi-vector", "late-interaction"] if late else ["dense"])]
-    front = ["library_name: " + ("PyLate" if late else "sentence-transformers"),
-             "pipeline_tag: " + ("feature-extraction" if late else "sentence-similarity"), "tags:", *(f"- {t}" for t in tags)]
-    if s["base_model"]:
-        front.append(f"base_model: {s['base_model']}")
-    plain = not (all(s["markers"]) and s["query_expansion"])
-    use = [("this project", "from pairdistill import Student\nstudent = Student.from_pretrained(FOLDER)\n"
-            "q, q_mask = student.encode_queries(queries)\nd, offsets = student.encode_passages(passages)")]
-    if late:
-        use += [("PyLate", "from pylate import models\nmodel = models.ColBERT(FOLDER)\nq = model.encode(queries, is_query=True)\n"
-                 "d = model.encode(passages, is_query=False)"),
-                ("sentence-transformers, from version 6 on", "from sentence_transformers import MultiVectorEncoder\n"
-                 "model = MultiVectorEncoder(FOLDER)\nq, d = model.encode_query(queries), model.encode_document(passages)"),
-                ("colbert-ai" + (", which marks every text and expands every query, as this student does not: its scores differ"
-                                 if plain else ""),
-                 "from colbert.infra import ColBERTConfig\nfrom colbert.modeling.checkpoint import Checkpoint\n"
-                 f"model = Checkpoint(FOLDER, ColBERTConfig())\nq, d = model.queryFromText(queries), model.docFromText(passages)")]
-    else:
-        use += [("sentence-transformers, which cuts queries no shorter than passages", "from sentence_transformers import "
-                 "SentenceTransformer\nmodel = SentenceTransformer(FOLDER)\nq, d = model.encode(queries), model.encode(passages)")]
-    kind = (f"a vector of {student.dim} dimensions a token, scored by MaxSim" if late else
-            f"one vector of {student.dim} dimensions a text, scored by the dot product")
-    shown = {"encoder": student.encoder.config.model_type, **s}
-    return "\n".join(["---", *front, "---", "", "# A student distilled by PairDistill", "",
-                      f"A dual encoder for retrieval: {kind}. [PairDistill](https://arxiv.org/abs/2410.01383)"
-                      f" distils it from pointwise and pairwise rerankers.", "", "## Settings", "",
-                      *(f"- {k}: `{json.dumps(v)}`" for k, v in shown.items()), "", "## Use", "",
-                      *(f"With {name}:\n\n```python\n{code}\n```\n" for name, code in use)])
+    front = ["library_name: PyLate", "pipeline_tag: feature-extraction"] if late else [
+        "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+    tags = ["pairdistill", "sentence-transformers", *(["PyLate", "ColBERT", "multi-vector", "late-interaction"] if late else [])]
+    base = [f"base_model: {s['base_model']}"] if s["base_model"] else []
+    lines = ["---", *front, *base, "tags:", *(f"- {tag}" for tag in tags), "---", "",
+             "# A dense retriever distilled by PairDistill", "",
+             f"A vector of {student.dim} dimensions a token, scored by MaxSim." if late else
+             f"One vector of {student.dim} dimensions a text, scored by the dot product.",
+             "[PairDistill](https://arxiv.org/abs/2410.01383) trains it on what pointwise and pairwise rerankers say.", "",
+             "## Settings", "", f"- encoder: `{student.encoder.config.model_type}`",
+             *(f"- {k}: `{json.dumps(v)}`" for k, v in s.items()), "", "## Use", ""]
+    for library in list(USES)[:4] if late else ["pairdistill", "sentence-transformers"]:
+        lines += [f"With {library}:", "", "```python", USES[library], "```", ""]
+    if late and not (all(s["markers"]) and s["query_expansion"]):
+        lines.append("colbert-ai marks every text and expands every query, which this student does not: its scores differ there.")
+    if not late:
+        lines.append(f"Queries are cut after {s['query_length']} tokens here, and like passages there.")
+    return "\n".join(lines) + "\n"
