@@ -356,8 +356,8 @@ def card(student) -> str:
              f"A vector of {student.dim} dimensions a token, scored by MaxSim." if late else
              f"One vector of {student.dim} dimensions a text, scored by the dot product.",
              "[PairDistill](https://arxiv.org/abs/2410.01383) trains it on what pointwise and pairwise rerankers say.", "",
-             "## Settings", "", f"- encoder: `{student.encoder.config.model_type}`",
-             *(f"- {k}: `{json.dumps(v)}`" for k, v in s.items()), "", "## Use", ""]
+             "## Settings", "", "```json", json.dumps({"encoder": student.encoder.config.model_type, **s}, indent=1), "```", "",
+             "## Use", ""]
     for library in list(USES)[:4] if late else ["pairdistill", "sentence-transformers"]:
         lines += [f"With {library}:", "", "```python", USES[library], "```", ""]
     if late and not (all(s["markers"]) and s["query_expansion"]):

@@ -1097,7 +1097,7 @@ def test_the_model_card_says_how_to_load_it_and_is_no_part_of_the_digest(encoder
     assert front["library_name"] == "PyLate" and {"ColBERT", "sentence-transformers"} <= set(front["tags"])
     assert "base_model" not in front and str(tmp_path) not in card and encoder not in card  # a folder's name is nobody else's
     for words in ("Student.from_pretrained(", "models.ColBERT(", "MultiVectorEncoder(", "Checkpoint(", "its scores differ there",
-                  "- query_length: `12`"):
+                  '"query_length": 12,'):
         assert words in card
     before = checkpoints.digest(tmp_path)
     (tmp_path / "README.md").write_text("another")
