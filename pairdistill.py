@@ -19,7 +19,6 @@ Q query tokens, T passage tokens (all of them, ragged), E embedding, L a padded 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import string
@@ -29,18 +28,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import checkpoints
+from checkpoints import cannot_load, digest  # also for those that know them from here
 from maxsim_kernel import pairdistill_objective
 from ranks import AfterStep, Ranks, gather_passages, has_bfloat16, sum_gradients
 
 MARKS, LEVELS = 16, 128  # token types of a teacher's marks, and of each of its two scales
-METADATA, OURS = "artifact.metadata", "pairdistill.json"  # ColBERT's settings file, and ours for what it has no word for
 
 
 # The student --------------------------------------------------------------------------------------------------------
@@ -50,7 +49,8 @@ class Student(nn.Module):
 
     def __init__(self, encoder: nn.Module, tokenizer, dim: int | None, architecture: str = "colbert",
                  query_length: int = 32, passage_length: int = 180, query_expansion: bool = True,
-                 markers: bool = True, pooling: str = "cls", chunk: int = 64):
+                 markers: bool | list[str] = True, pooling: str = "cls", skiplist: str | list[str] = string.punctuation,
+                 attend_to_masks: bool = False, base_model: str | None = None, chunk: int = 64):
         super().__init__()
         if architecture not in ("colbert", "dpr"):
             raise ValueError(f"architecture {architecture!r}: it is colbert or dpr")
@@ -59,18 +59,23 @@ class Student(nn.Module):
         self.linear = nn.Linear(width, dim, bias=False) if dim else nn.Identity()
         if dim:
             nn.init.orthogonal_(self.linear.weight)  # keeps angles best: see test_a_new_projection_keeps_angles
+        self.colbert = architecture == "colbert"
+        if isinstance(markers, bool):
+            markers = ["[unused0]", "[unused1]"] if markers and self.colbert else ["", ""]
         self.settings = dict(architecture=architecture, dim=dim, query_length=query_length,
                              passage_length=passage_length, query_expansion=query_expansion, markers=markers,
-                             pooling=pooling)
-        self.colbert = architecture == "colbert"
+                             pooling=pooling, skiplist=skiplist, attend_to_masks=attend_to_masks, base_model=base_model)
         self.query_length, self.passage_length = query_length, passage_length
         self.expand = self.colbert and query_expansion
-        ids = tokenizer.convert_tokens_to_ids(["[unused0]", "[unused1]"]) if markers and self.colbert else [None, None]
-        if tokenizer.unk_token_id in ids:
-            raise ValueError("this tokenizer has no [unused0] and [unused1] for ColBERT's markers: pass markers=False")
-        self.query_marker, self.passage_marker = ids
-        punctuation = [tokenizer(c, add_special_tokens=False)["input_ids"][:1] for c in string.punctuation]
-        self.register_buffer("skiplist", torch.tensor(sorted({i for ids in punctuation for i in ids})), False)
+        self.query_marker, self.passage_marker = (self.token_id(m) if m else None for m in markers)
+        if lacking := [m for m in markers if m and self.token_id(m) is None]:
+            raise ValueError(f"this tokenizer has no {' and no '.join(lacking)} for ColBERT's markers: pass markers=False")
+        ids = set(tokenizer.convert_tokens_to_ids(list(skiplist))) - {None}
+        self.register_buffer("skiplist", torch.tensor(sorted(ids), dtype=torch.int64), False)
+
+    def token_id(self, token: str) -> int | None:
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        return None if found == self.tokenizer.unk_token_id else found
 
     @property
     def device(self) -> torch.device:
@@ -82,55 +87,35 @@ class Student(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, architecture: str = "colbert", dim: int | None = 128,
-                        query_length: int = 32, passage_length: int = 180, query_expansion: bool = True,
-                        markers: bool = True, seed: int = 0) -> "Student":
-        """A plain encoder (a new orthogonal projection to `dim` is drawn by `seed`; `dim=None`: none), a ColBERTv2
-        checkpoint (its `linear.weight`), or a folder of save_pretrained, whose own settings then hold.
+                        query_length: int | None = None, passage_length: int | None = None,
+                        query_expansion: bool | None = None, markers: bool = True, seed: int = 0) -> "Student":
+        """A student that save_pretrained, colbert-ai, PyLate or sentence-transformers wrote (checkpoints.py), or a plain
+        encoder to start from, with a new orthogonal projection to `dim`, drawn by `seed` (`dim=None`: none).
 
-        Raises ValueError in one sentence where nothing can be loaded by that name.
+        query_length, passage_length (tokens, all included) and query_expansion override the folder's own; None leaves
+        them, or is 32, 180 and True where it has none. Its projection and markers, and architecture in a folder of
+        save_pretrained, cannot be overridden. Raises ValueError in one sentence where something is missing or different.
         """
-        from transformers import AutoModel, AutoTokenizer
-        files = {name: _file(name_or_path, name) for name in (OURS, METADATA, "1_Pooling/config.json")}
-        settings = dict(architecture=architecture, dim=dim, query_length=query_length, passage_length=passage_length,
-                        query_expansion=query_expansion, markers=markers)
-        if files["1_Pooling/config.json"] and json.loads(files["1_Pooling/config.json"].read_text()).get(
-                "pooling_mode_mean_tokens"):
-            settings["pooling"] = "mean"  # sentence-transformers was trained that way
-        weight = _linear_weight(name_or_path)
-        if weight is not None and architecture == "colbert":
-            settings["dim"] = weight.shape[0]
-        if files[OURS]:
-            settings.update(json.loads(files[OURS].read_text()))
-        try:
-            pooler = {"add_pooling_layer": False} if _has_pooler(name_or_path) else {}
-            encoder = AutoModel.from_pretrained(name_or_path, **pooler)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except (OSError, ValueError, ImportError) as e:
-            raise ValueError(cannot_load(name_or_path, e)) from e
+        encoder, tokenizer = checkpoints.load_encoder(name_or_path)
+        found, weight = checkpoints.read(name_or_path, architecture, tokenizer)
+        given = dict(query_length=query_length, passage_length=passage_length, query_expansion=query_expansion)
+        settings = dict(architecture=architecture, dim=dim, markers=markers,
+                        base_model=None if os.path.isdir(name_or_path) else name_or_path)
+        settings |= found | {k: v for k, v in given.items() if v is not None}
+        if weight is not None and weight.shape[1] != encoder.config.hidden_size:
+            raise ValueError(f"the projection in {name_or_path} takes {weight.shape[1]} dimensions and its encoder gives "
+                             f"{encoder.config.hidden_size}: they are not of one model; {checkpoints.AGAIN}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student = cls(encoder.float(), tokenizer, **settings)
-        if weight is not None and settings["dim"]:
+        if weight is not None:
             with torch.no_grad():
                 student.linear.weight.copy_(weight)
         return student.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """A ColBERTv2 checkpoint: the encoder under its own prefix, linear.weight, artifact.metadata, tokenizer."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.encoder.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        state = {f"{self.encoder.base_model_prefix}.{k}": v for k, v in self.encoder.state_dict().items()}
-        state.update({f"linear.{k}": v for k, v in self.linear.state_dict().items()})
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})
-        s = self.settings
-        (folder / OURS).write_text(json.dumps(s, indent=1))
-        (folder / METADATA).write_text(json.dumps(dict(
-            dim=self.dim, query_maxlen=s["query_length"], doc_maxlen=s["passage_length"], similarity="cosine",
-            mask_punctuation=True, attend_to_mask_tokens=False, query_token="[Q]", doc_token="[D]",
-            query_token_id="[unused0]", doc_token_id="[unused1]"), indent=1))
+        """A folder with a model card, which from_pretrained, colbert-ai, PyLate and sentence-transformers open."""
+        checkpoints.save(self, folder)
 
     # Encoding --------------------------------------------------------------------------------------------------------
 
@@ -159,6 +144,8 @@ class Student(nn.Module):
         rows = self._ids(texts, self.query_marker, self.query_length)
         fill = self.tokenizer.mask_token_id if self.expand else self.tokenizer.pad_token_id
         ids, attended = _pad(rows, fill, self.query_length if self.expand else None)
+        if self.expand and self.settings["attend_to_masks"]:
+            attended = torch.ones_like(attended)
         q = self._encode(ids.to(self.device), attended.to(self.device))
         if not self.colbert or self.expand:  # every position scores: [MASK]s too, although nobody attends to them
             return q, torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
@@ -206,51 +193,6 @@ def _in_order(d: torch.Tensor, lengths: torch.Tensor, order: torch.Tensor) -> tu
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     token = torch.arange(len(d), device=d.device) + (starts - offsets[:-1]).repeat_interleave(lengths)
     return d[token], offsets.to(torch.int32)
-
-
-def _file(name: str, filename: str) -> Path | None:
-    """A file of a local folder or of a Hub repository; None where there is none."""
-    if Path(name).is_dir():
-        path = Path(name) / filename
-        return path if path.exists() else None
-    from transformers.utils import cached_file
-    try:
-        found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False)
-    except OSError:  # no such repository: loading the model says so in one sentence
-        found = None
-    return Path(found) if found else None
-
-
-def _linear_weight(name: str) -> torch.Tensor | None:
-    """ColBERT's projection [E, hidden], where the checkpoint has one."""
-    if path := _file(name, "model.safetensors"):
-        with safe_open(path, "pt") as f:
-            return f.get_tensor("linear.weight") if "linear.weight" in f.keys() else None
-    if path := _file(name, "pytorch_model.bin"):
-        return torch.load(path, map_location="cpu", weights_only=True).get("linear.weight")
-    return None
-
-
-def _has_pooler(name: str) -> bool:
-    """BERT's pooler has no part in a token embedding: without it there is nothing untrained to save."""
-    path = _file(name, "config.json")
-    return bool(path) and json.loads(path.read_text()).get("model_type") == "bert"
-
-
-def cannot_load(name: str, error: Exception) -> str:
-    return (f"cannot load {name!r}: no local folder with a model, and the Hugging Face Hub did not give one "
-            f"({str(error).splitlines()[0][:120]}); with no network, download it elsewhere "
-            f"(`hf download NAME --local-dir FOLDER`) and give the folder")
-
-
-def digest(folder: str | Path) -> str:
-    """Which weights and settings these are, in 16 hexadecimal digits."""
-    h = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix in (".safetensors", ".bin", ".json", ".metadata"):
-            h.update(path.name.encode() + path.read_bytes())
-    return h.hexdigest()
 
 
 def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 16000, hidden: int = 128,

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import checkpoints
 import data
 import maxsim_kernel
 import retrieve
@@ -851,21 +852,258 @@ def test_dpr_is_one_token_a_side_and_not_normalised(encoder):
     assert torch.allclose(maxsim_kernel.maxsim(q, d, offsets), q[:, 0] @ d.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(architecture="dpr", dim=None), dict(query_expansion=False, dim=8)])
+LATE = [dict(), dict(markers=False), dict(query_expansion=False, dim=8), dict(dim=None)]
+DPR = [dict(architecture="dpr", dim=None), dict(architecture="dpr", dim=8)]
+
+
+def assert_same_embeddings(a: Student, b: Student, queries=TEXTS[:3], passages=TEXTS[:4] + ["?!, ."]):
+    assert all(map(torch.equal, a.encode_queries(queries), b.encode_queries(queries)))
+    assert all(map(torch.equal, a.encode_passages(passages), b.encode_passages(passages)))
+
+
+@pytest.mark.parametrize("settings", LATE + DPR)
 def test_a_saved_student_loads_as_it_was(encoder, tmp_path, settings):
     student = student_of(encoder, **settings)
     student.save_pretrained(tmp_path)
     again = Student.from_pretrained(str(tmp_path))
     assert again.settings == student.settings
-    assert torch.equal(again.encode_queries(TEXTS[:3])[0], student.encode_queries(TEXTS[:3])[0])
-    assert torch.equal(again.encode_passages(TEXTS[:3])[0], student.encode_passages(TEXTS[:3])[0])
+    assert_same_embeddings(again, student)
 
 
-def test_a_colbert_checkpoint_gives_its_projection(encoder, tmp_path):
-    student = student_of(encoder, dim=24)
+@pytest.mark.parametrize("settings, gone", [
+    *((settings, ["pairdistill.json", "artifact.metadata"]) for settings in LATE),  # PyLate's files are left
+    (dict(), ["pairdistill.json", "modules.json"])])  # colbert-ai's, which have no words for the other settings
+def test_each_librarys_files_alone_are_the_same_student(encoder, tmp_path, settings, gone):
+    student = student_of(encoder, **settings)
     student.save_pretrained(tmp_path)
-    (tmp_path / "pairdistill.json").unlink()  # as the colbert-ai package leaves it
-    assert torch.equal(Student.from_pretrained(str(tmp_path)).linear.weight, student.linear.weight)
+    for name in gone:
+        (tmp_path / name).unlink()
+    again = Student.from_pretrained(str(tmp_path))
+    assert_same_embeddings(again, student)
+    assert (again.query_length, again.passage_length, again.dim) == (12, 20, student.dim)
+
+
+def bert_by_hand(folder, rows, linear, attend_all):
+    """Rows of ids, padded with -1 for a [MASK] that nobody attends to (unless attend_all) -> normalised token vectors."""
+    from transformers import AutoModel, AutoTokenizer
+    mask = AutoTokenizer.from_pretrained(folder).mask_token_id
+    ids = torch.tensor(rows)
+    x = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()(
+        input_ids=ids.where(ids >= 0, mask), attention_mask=((ids >= 0) | attend_all).long()).last_hidden_state
+    return F.normalize(x @ linear.T, dim=-1)
+
+
+@pytest.mark.parametrize("attend", [False, True])
+def test_a_colbert_checkpoint_brings_its_projection_and_settings(encoder, tmp_path, attend):
+    from transformers import AutoModel, AutoTokenizer
+    tokenizer, bert = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder)
+    tokenizer.save_pretrained(tmp_path)
+    bert.config.save_pretrained(tmp_path)
+    linear = torch.randn(24, 32)
+    torch.save({**{f"bert.{k}": v for k, v in bert.state_dict().items()}, "linear.weight": linear}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "artifact.metadata").write_text(json.dumps(dict(
+        query_maxlen=9, doc_maxlen=7, dim=24, mask_punctuation=False, attend_to_mask_tokens=attend, query_token_id="[unused1]",
+        doc_token_id="[unused0]", doc_token="[D]", resume=False, checkpoint=None)))
+    student = Student.from_pretrained(str(tmp_path))
+    cls_, sep, one, zero = tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", "[unused1]", "[unused0]"])
+    words = tokenizer("a bird sings", add_special_tokens=False)["input_ids"]
+    row = [cls_, one, *words, sep]
+    row = (row + [-1] * 9)[:9] if len(row) < 9 else [*row[:8], sep]
+    q, q_mask = student.encode_queries(["a bird sings"])
+    assert q_mask.all() and torch.allclose(q, bert_by_hand(tmp_path, [row], linear, attend), atol=1e-5)
+    words = tokenizer("dogs bark at night, loudly!", add_special_tokens=False)["input_ids"]
+    d, offsets = student.encode_passages(["dogs bark at night, loudly!"])  # seven tokens: its punctuation is kept
+    assert torch.allclose(d, bert_by_hand(tmp_path, [[cls_, zero, *words[:4], sep]], linear, False)[0], atol=1e-5)
+    longer = Student.from_pretrained(str(tmp_path), query_length=11, passage_length=300, query_expansion=False)
+    assert (longer.query_length, longer.passage_length, longer.expand, longer.dim) == (11, 300, False, 24)
+
+
+def write_json(path, value):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def dense_folder(folder, *weights, **config):
+    from safetensors.torch import save_file
+    folder.mkdir()
+    save_file(dict(zip(("linear.weight", "residual.weight", "linear.bias"), weights)), folder / "model.safetensors")
+    out, width = weights[0].shape
+    write_json(folder / "config.json", {"in_features": width, "out_features": out, "bias": False,
+                                        "activation_function": "torch.nn.modules.linear.Identity", **config})
+
+
+def pylate_folder(encoder, folder, *dense, **config):
+    """As PyLate writes one: "[Q] " and "[D] ", with the space, are new tokens, and padding is done with [MASK]."""
+    from transformers import AutoModel, AutoTokenizer
+    tokenizer, bert = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    bert.resize_token_embeddings(len(tokenizer))
+    tokenizer.pad_token = "[MASK]"
+    for part in (tokenizer, bert):
+        part.save_pretrained(folder)
+    write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}] + [
+        {"idx": n, "name": str(n), "path": f"{n}_Dense", "type": "pylate.models.Dense.Dense"} for n in range(1, len(dense) + 1)])
+    for n, (weights, dense_config) in enumerate(dense, 1):
+        dense_folder(folder / f"{n}_Dense", *weights, **dense_config)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 50, "do_lower_case": False})
+    write_json(folder / "config_sentence_transformers.json", {
+        "similarity_fn_name": "MaxSim", "prompts": {"query": "", "document": ""}, "query_prefix": "[Q] ", "document_prefix": "[D] ",
+        "query_length": 9, "document_length": 7, "attend_to_expansion_tokens": False, "skiplist_words": ["at", "!"],
+        "do_query_expansion": True, **config})
+    return tokenizer
+
+
+@pytest.mark.parametrize("attend", [False, True])
+def test_a_pylate_folder_brings_its_prefixes_lengths_and_skiplist(encoder, tmp_path, attend):
+    one, two, residual = torch.randn(24, 32), torch.randn(10, 24), torch.randn(10, 24)
+    t = pylate_folder(encoder, tmp_path, ([one], {}), ([two, residual], {"use_residual": True}), attend_to_expansion_tokens=attend)
+    student, linear = Student.from_pretrained(str(tmp_path)), (two + residual) @ one
+    ids = lambda text: t(text, add_special_tokens=False)["input_ids"]
+    row = [t.cls_token_id, t.convert_tokens_to_ids("[Q] "), *ids("a bird"), t.sep_token_id]
+    q, q_mask = student.encode_queries(["a bird"])
+    assert len(row) < 9 and q_mask.all() and q.shape == (1, 9, 10)
+    assert torch.allclose(q, bert_by_hand(tmp_path, [row + [-1] * (9 - len(row))], linear, attend), atol=1e-4)
+    row = [t.cls_token_id, t.convert_tokens_to_ids("[D] "), *ids("at the mat, dogs bark")[:4], t.sep_token_id]
+    kept = torch.tensor([i not in t.convert_tokens_to_ids(["at", "!"]) for i in row])
+    d, _ = student.encode_passages(["at the mat, dogs bark"])
+    assert not kept.all() and torch.allclose(d, bert_by_hand(tmp_path, [row], linear, False)[0, kept], atol=1e-4)
+    student.save_pretrained(tmp_path / "again")
+    assert_same_embeddings(Student.from_pretrained(str(tmp_path / "again")), student)
+
+
+def multi_vector_folder(encoder, folder, **changes):
+    """As sentence-transformers' MultiVectorEncoder writes one."""
+    from transformers import AutoModel, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    AutoModel.from_pretrained(encoder).save_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[unused0]", "[unused1]"]})
+    tokenizer.save_pretrained(folder)
+    at, kinds = "sentence_transformers.", {"": "base.modules.transformer.Transformer", "1_Dense": "base.modules.dense.Dense",
+             "2_MultiVectorMask": "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+             "3_Normalize": "base.modules.normalize.Normalize"}
+    dense_folder(folder / "1_Dense", torch.eye(32)[:24], module_input_name="token_embeddings")
+    for name, value in {
+            "modules.json": [{"idx": n, "name": str(n), "path": p, "type": at + k} for n, (p, k) in enumerate(kinds.items())],
+            "sentence_bert_config.json": {"document_length": 20, "query_expansion": {
+                "strategy": "fixed", "attend": False, "token": None, "length": 12}},
+            "config_sentence_transformers.json": {"model_type": "MultiVectorEncoder", "prompts": {
+                "query": "[unused0] ", "document": "[unused1]"}},
+            "2_MultiVectorMask/config.json": {"skiplist_words": list("!,.;?"), "skiplist_tasks": ["document"]}}.items():
+        write_json(folder / name, value | changes.get(name, {}) if isinstance(value, dict) else value)
+
+
+def test_a_multi_vector_folder_is_the_same_student_as_one_with_our_settings(encoder, tmp_path):
+    multi_vector_folder(encoder, tmp_path)
+    student = Student.from_pretrained(str(tmp_path))
+    ours = student_of(encoder, dim=24)
+    ours.linear.weight.data.copy_(torch.eye(32)[:24])
+    assert student.settings | {"skiplist": ours.settings["skiplist"]} == ours.settings
+    assert_same_embeddings(student, ours)
+    limited = tmp_path / "limited"
+    multi_vector_folder(encoder, limited, **{"sentence_bert_config.json": {"query_expansion": None, "max_seq_length": 15}})
+    student = Student.from_pretrained(str(limited))
+    assert (student.expand, student.query_length, student.passage_length) == (False, 15, 20)
+
+
+@pytest.mark.parametrize("config", [{"pooling_mode": "mean"}, {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}])
+def test_a_dense_encoder_pools_as_it_was_trained_or_starts_a_colbert(encoder, tmp_path, config):
+    shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
+    write_json(tmp_path / "modules.json", [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in (
+        ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))])
+    write_json(tmp_path / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **config})
+    dpr = Student.from_pretrained(str(tmp_path), "dpr", None)
+    mean = dpr.encoder(**dpr.tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state.mean(1)
+    assert torch.allclose(dpr.encode_passages(TEXTS[:1])[0], mean, atol=1e-5)
+    assert_same_embeddings(student_of(str(tmp_path)), student_of(encoder))
+
+
+def drop_tensors(*suffixes, rename=lambda k: k):
+    def damage(folder):
+        from safetensors.torch import save_file
+        state = load_file(folder / "model.safetensors")
+        save_file({rename(k): v for k, v in state.items() if not k.endswith(suffixes)}, folder / "model.safetensors")
+    return damage
+
+
+def edit_json(name, **changes):
+    return lambda folder: write_json(folder / name, json.loads((folder / name).read_text()) | changes)
+
+
+def as_colbert(folder):
+    for name in ("pairdistill.json", "modules.json"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("damage, message", [
+    ([drop_tensors("key.weight")], "lack 1 of the encoder's tensors, such as .*attention.self.key.weight: the file is incomplete"),
+    ([drop_tensors("gone", rename=lambda k: k.replace("bert.", "model."))], "lack .* tensors, .*another prefix than 'bert'"),
+    ([lambda f: os.truncate(f / "model.safetensors", 9000)], "cannot load the folder .*|cannot be read as weights .*incomplete"),
+    ([lambda f: os.truncate(f / "1_Dense" / "model.safetensors", 500)], "1_Dense/model.safetensors cannot be read .*incomplete"),
+    ([lambda f: [p.unlink() for p in f.glob("tokenizer*")]], "has no tokenizer|cannot load the folder"),
+    ([lambda f: (f / "1_Dense" / "model.safetensors").unlink()], "1_Dense lacks model.safetensors"),
+    ([edit_json("1_Dense/config.json", in_features=31)], "linear.weight of shape .16, 32., where its config.json says .16, 31."),
+    ([edit_json("1_Dense/config.json", bias=True)], "1_Dense/config.json has a bias or the activation"),
+    ([edit_json("1_Dense/config.json", activation_function="torch.nn.modules.activation.Tanh")], "the activation torch.*Tanh"),
+    ([edit_json("1_Dense/config.json", use_residual=True)], "1_Dense/model.safetensors has no residual.weight"),
+    ([edit_json("pairdistill.json", dim=8)], r"the projection in .* has shape \[16, 32\], and the settings there say \[8, hidden\]"),
+    ([edit_json("pairdistill.json", colour="red")], "has the settings .*colour, which are not those of a student"),
+    ([edit_json("pairdistill.json", markers=["[q]", "[d]"])], "no \\[q\\] and no \\[d\\] for ColBERT's markers"),
+    ([lambda f: (f / "modules.json").unlink(), drop_tensors("linear.weight")],
+     "the weights in .* have no linear.weight, and pairdistill.json speaks of a projection"),
+    ([as_colbert, drop_tensors("linear.weight")], "have no linear.weight, and artifact.metadata speaks of a projection"),
+    ([lambda f: (f / "modules.json").write_text("[{")], "modules.json is no JSON .*save it again"),
+    ([lambda f: (f / "pairdistill.json").write_text("[]")], "pairdistill.json holds a list where a dict is expected"),
+    ([lambda f: write_json(f / "modules.json", [{"path": "", "type": "a.Transformer"}, {"path": "1_LSTM", "type": "a.LSTM"}])],
+     "modules.json lists a.Transformer, a.LSTM; a student is"),
+    ([as_colbert, edit_json("artifact.metadata", dim=9)], r"shape \[16, 32\], and the settings there say \[9, hidden\]"),
+    ([as_colbert, lambda f: checkpoints._write_tensors(f / "model.safetensors", {
+        **load_file(f / "model.safetensors"), "linear.weight": torch.zeros(16, 31)})], "takes 31 dimensions and its encoder gives 32"),
+    ([as_colbert, lambda f: checkpoints._write_tensors(f / "model.safetensors", {
+        **load_file(f / "model.safetensors"), "linear.bias": torch.zeros(16)})], "has a linear.bias"),
+])
+def test_a_wrong_or_incomplete_folder_is_refused_in_one_sentence(encoder, tmp_path, damage, message):
+    student_of(encoder).save_pretrained(tmp_path)
+    for step in damage:
+        step(tmp_path)
+    with pytest.raises(ValueError, match=message) as refusal:
+        Student.from_pretrained(str(tmp_path))
+    assert str(tmp_path) in str(refusal.value) or "markers" in message
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"sentence_bert_config.json": {"query_expansion": {"strategy": "min", "length": 8}}}, "expands queries by .*up to a fixed length"),
+    ({"config_sentence_transformers.json": {"prompts": {"query": "the cat: "}}}, "has 'the cat: ' written before texts"),
+    ({"2_MultiVectorMask/config.json": {"skiplist_tasks": ["query", "document"]}}, "leaves out tokens by its MultiVectorMask"),
+    (dict(), "gives a vector a token: load it with architecture='colbert'")])
+def test_what_a_multi_vector_folder_does_and_a_student_does_not_is_refused(encoder, tmp_path, changes, message):
+    multi_vector_folder(encoder, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        Student.from_pretrained(str(tmp_path), "colbert" if changes else "dpr")
+
+
+def test_pooling_that_a_student_does_not_do_is_refused(encoder, tmp_path):
+    student_of(encoder, architecture="dpr").save_pretrained(tmp_path)
+    edit_json("1_Pooling/config.json", pooling_mode_cls_token=False, pooling_mode_max_tokens=True)(tmp_path)
+    with pytest.raises(ValueError, match="1_Pooling/config.json pools by max; a student does by cls or mean"):
+        Student.from_pretrained(str(tmp_path))
+
+
+def test_the_model_card_says_how_to_load_it_and_is_no_part_of_the_digest(encoder, tmp_path):
+    import yaml
+    student_of(encoder, query_expansion=False).save_pretrained(tmp_path)
+    _, front, card = (tmp_path / "README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["library_name"] == "PyLate" and {"ColBERT", "sentence-transformers"} <= set(front["tags"])
+    assert "base_model" not in front and str(tmp_path) not in card and encoder not in card  # a folder's name is nobody else's
+    for words in ("Student.from_pretrained(", "models.ColBERT(", "MultiVectorEncoder(", "Checkpoint(", "its scores differ there",
+                  '"query_length": 12,'):
+        assert words in card
+    before = checkpoints.digest(tmp_path)
+    (tmp_path / "README.md").write_text("another")
+    assert checkpoints.digest(tmp_path) == before
+    edit_json("1_Dense/config.json", out_features=8)(tmp_path)
+    assert checkpoints.digest(tmp_path) != before
 
 
 def test_a_new_projection_keeps_angles(encoder):
