@@ -10,6 +10,9 @@
 components, inserting '/' as needed"), its qualified name and the rest of it the one relevant passage. Sources are
 parsed with `ast`; nothing is imported, so it takes seconds and needs neither a GPU nor the network.
 
+A corpus is converted once, into a file of texts that is memory-mapped: 8.8 million passages open in a second and take no
+process more than some hundred megabytes. `corpus.texts` beside the corpus (or in ~/.cache/pairdistill) may be deleted.
+
 Two decisions are not obvious. Ties are broken here, before ir_measures sees a run: trec_eval compares scores in
 float32 and puts the higher passage id first, but the provider that ir_measures uses for RR@k compares in float64 and
 puts the lower one first. And whatever a user can get wrong about a collection is a `DataError` whose one sentence
@@ -23,11 +26,16 @@ import gzip
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
+import mmap
 import os
 import re
+import shutil
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +53,8 @@ class DataError(ValueError):
 class Collection:
     """N passages, and queries with their judgements.
 
-    `passages` is only ever asked for its length and its items, so that a later one may live on disk. A query that no
-    split of `qrels` names is unlabelled.
+    `passages` and `passage_ids` are only ever asked for their length and their items: they may live on disk (Texts). A
+    query that no split of `qrels` names is unlabelled.
     """
 
     name: str
@@ -54,6 +62,13 @@ class Collection:
     passages: Sequence[str]  # [N], the text of passage_ids[n]
     queries: dict[str, str]  # {qid: text}
     qrels: dict[str, dict[str, dict[str, int]]]  # {split: {qid: {passage_id: grade}}}
+
+    def judged_positions(self) -> dict[str, int]:
+        """{passage_id: n} of the judged passages that there are. (Of all of them it would take gigabytes.)"""
+        judged = {p for split in self.qrels.values() for grades in split.values() for p in grades}
+        if not isinstance(self.passage_ids, Ids):
+            return {p: n for n, p in enumerate(self.passage_ids) if p in judged}
+        return {p: n for p, n in zip(judged, self.passage_ids.find(judged).tolist()) if n >= 0}
 
 
 def load_collection(spec: str) -> Collection:
@@ -227,6 +242,106 @@ def _split_docstring(docstring: str) -> tuple[str, str] | None:
     return None if re.search(r"=|->|^\W*\w*\(", summary) else (summary, rest)
 
 
+# Texts on disk --------------------------------------------------------------------------------------------------------
+
+
+class Texts(Sequence):
+    """N strings in one UTF-8 file that is memory-mapped: item n lies at offsets[n]:offsets[n + 1] - 1, a newline after it."""
+
+    def __init__(self, folder: Path, name: str):
+        self.offsets = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+        with open(folder / f"{name}.txt", "rb") as file:
+            self.text, self.asked = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, n):
+        if isinstance(n, slice):
+            return [self[i] for i in range(*n.indices(len(self)))]
+        if not -len(self) <= n < len(self):
+            raise IndexError(n)
+        self.asked += 1
+        if self.asked % 4096 == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.text.madvise(mmap.MADV_DONTNEED)  # pages once read would count as this process's memory for ever
+        n = n % len(self)
+        return self.text[self.offsets[n]:self.offsets[n + 1] - 1].decode()
+
+
+class Ids(Texts):
+    """Texts that are all different, and where each of them is, by the 64 bits of its hash: hashes [N] ascending, order [N]."""
+
+    def __init__(self, folder: Path, name: str):
+        super().__init__(folder, name)
+        self.hashes, self.order = (np.asarray(np.load(folder / f"{name}.{part}.npy", mmap_mode="r")) for part in ("hashes", "order"))
+
+    def find(self, ids: Iterable[str]) -> np.ndarray:
+        """Their positions, int64 [n]; -1 for one that is not there."""
+        wanted = np.frombuffer(b"".join(map(_hash, ids)), np.uint64)
+        at = np.searchsorted(self.hashes, wanted).clip(max=len(self) - 1)
+        return np.where(self.hashes[at] == wanted, self.order[at], -1)
+
+    def __contains__(self, key) -> bool:
+        return bool(self.find([key])[0] >= 0)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+
+
+def _on_disk(folder: Path, records: Callable[[], Iterator[tuple[str, str, str]]]) -> tuple[Ids, Texts]:
+    """The ids and the texts of `records` (where it stands, id, text), written into `folder` the first time.
+
+    Written beside and renamed: several processes may do so at once, and the last ones take what the first one wrote.
+    """
+    if not folder.exists():
+        corpus = folder.parent
+        corpus.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix="writing.", dir=corpus.parent))
+        try:
+            _write_texts(partial, records)
+            partial.chmod(0o755)
+            corpus.mkdir(exist_ok=True)
+            for stale in corpus.iterdir():  # of the corpus before it was changed; who has it open still reads it
+                if stale != folder:
+                    shutil.rmtree(stale, ignore_errors=True)
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return Ids(folder, "ids"), Texts(folder, "passages")
+
+
+def _write_texts(folder: Path, records: Callable[[], Iterator[tuple[str, str, str]]]) -> None:
+    hashes, offsets = bytearray(), (array("q", [0]), array("q", [0]))  # at most 24 bytes a passage in memory, and to sort
+    with open(folder / "ids.txt", "wb") as ids, open(folder / "passages.txt", "wb") as passages:
+        for _, key, text in records():
+            hashes += _hash(key)
+            for file, ends, item in zip((ids, passages), offsets, (key, text)):
+                ends.append(ends[-1] + file.write(item.encode("utf-8", "replace") + b"\n"))
+    hashes = np.frombuffer(hashes, np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    # Different ids with the same 64 bits: once in 400,000 corpora of MS MARCO's size.
+    if len(again := order[1:][hashes[1:] == hashes[:-1]]):
+        where, key, _ = next(itertools.islice(records(), int(again.min()), None))
+        raise DataError(f'{where}: "_id" {key!r} is on an earlier line too; make ids unique.')
+    for name, values in (("ids", offsets[0]), ("passages", offsets[1]), ("ids.hashes", hashes), ("ids.order", order)):
+        np.save(folder / f"{name}.npy", np.asarray(values))
+
+
+def _cache(corpus: Path | str, *version) -> Path:
+    """The folder of this version of its texts: in CORPUS.texts beside it, or among the user's caches where that may not be
+    written (root may write everywhere: the folder's mode counts)."""
+    digest = lambda x: hashlib.blake2b(repr(x).encode(), digest_size=8).hexdigest()
+    if isinstance(corpus, str) or not (os.access(corpus.parent, os.W_OK) and corpus.parent.stat().st_mode & 0o222):
+        users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pairdistill"
+        return users / digest(str(corpus)) / digest(version)
+    return corpus.with_name(f"{corpus.name}.texts") / digest(version)
+
+
 # BEIR folders --------------------------------------------------------------------------------------------------------
 
 
@@ -237,10 +352,16 @@ def load_beir(folder: Path) -> Collection:
     """
     if not folder.is_dir():
         raise DataError(f'{folder}: no such folder; data is "docs", "ir_datasets:NAME" or the path of a BEIR folder.')
-    passages = _read_jsonl(folder, "corpus")
-    queries = _read_jsonl(folder, "queries")
-    qrels = {path.stem: _read_qrels(path, queries, passages) for path in sorted(folder.glob("qrels/*.tsv"))}
-    return Collection(folder.resolve().name, list(passages), list(passages.values()), queries, qrels)
+    path = _jsonl(folder, "corpus")
+    cache = _cache(folder.resolve() / "corpus", path.name, path.stat().st_size, path.stat().st_mtime_ns)
+    ids, passages = _on_disk(cache, lambda: _records(path))
+    queries: dict[str, str] = {}
+    for where, key, text in _records(_jsonl(folder, "queries")):
+        if key in queries:
+            raise DataError(f'{where}: "_id" {key!r} is on an earlier line too; make ids unique.')
+        queries[key] = text
+    qrels = {path.stem: _read_qrels(path, queries, ids) for path in sorted(folder.glob("qrels/*.tsv"))}
+    return Collection(folder.resolve().name, ids, passages, queries, qrels)
 
 
 def save_collection(collection: Collection, folder: Path) -> None:
@@ -271,12 +392,16 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}, after line {number}: cannot be read ({error}); copy it here again.") from None
 
 
-def _read_jsonl(folder: Path, name: str) -> dict[str, str]:
-    """{_id: title + " " + text}"""
+def _jsonl(folder: Path, name: str) -> Path:
     path = next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise DataError(f"{folder}: has no {name}.jsonl or {name}.jsonl.gz, and a BEIR folder needs one.")
-    texts: dict[str, str] = {}
+    return path
+
+
+def _records(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields ("PATH, line 7", _id, title + " " + text)."""
+    where = None
     for where, line in _lines(path):
         try:
             record = json.loads(line)
@@ -288,19 +413,17 @@ def _read_jsonl(folder: Path, name: str) -> dict[str, str]:
             raise DataError(f'{where}: lacks "_id"; give it a string that no other line has.')
         if not isinstance(text := record.get("text"), str):
             raise DataError(f'{where}: "_id" {key!r} lacks "text"; give it a string.')
-        if str(key) in texts:
-            raise DataError(f'{where}: "_id" {key!r} is on an earlier line too; make ids unique.')
         text = f"{record.get('title') or ''} {text}".strip()
         if not text:
             raise DataError(f'{where}: "_id" {key!r} is empty; remove the line or give it text.')
-        texts[str(key)] = text
-    if not texts:
+        yield where, str(key), text
+    if where is None:
         raise DataError(f"{path}: is empty; write one JSON object a line.")
-    return texts
 
 
-def _read_qrels(path: Path, queries: Mapping[str, str], passages: Mapping[str, str]) -> dict[str, dict[str, int]]:
+def _read_qrels(path: Path, queries: Mapping[str, str], ids: Ids) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
+    judged: list[tuple[str, str]] = []
     for where, line in _lines(path):
         columns = [column.strip() for column in line.split("\t")]
         if columns[0] == "query-id" and where.endswith(", line 1"):
@@ -310,12 +433,14 @@ def _read_qrels(path: Path, queries: Mapping[str, str], passages: Mapping[str, s
         qid, passage_id, grade = columns
         if qid not in queries:
             raise DataError(f"{where}: unknown query {qid!r}; add it to queries.jsonl or remove the row.")
-        if passage_id not in passages:
-            raise DataError(f"{where}: unknown passage {passage_id!r}; add it to corpus.jsonl or remove the row.")
         if not re.fullmatch(r"[+-]?[0-9]+", grade):
             raise DataError(f"{where}: score {grade!r} is not an integer; write 1 for relevant, 0 for not.")
         if qrels.setdefault(qid, {}).setdefault(passage_id, int(grade)) != int(grade):
             raise DataError(f"{where}: {qid!r} and {passage_id!r} have another score above; keep one of the rows.")
+        judged.append((where, passage_id))
+    for (where, passage_id), n in zip(judged, ids.find(passage_id for _, passage_id in judged)):
+        if n < 0:
+            raise DataError(f"{where}: unknown passage {passage_id!r}; add it to corpus.jsonl or remove the row.")
     return qrels
 
 
@@ -328,7 +453,7 @@ def load_ir_datasets(name: str) -> Collection:
     """The set of that name ("beir/scifact", "msmarco-passage"), downloaded by ir_datasets, with its SUBSETS as splits.
 
     Judgements of the named set itself, where it has any, are its split: "train" or "dev" if the name says so, else
-    "test". Passages are kept in memory, empty ones too. A train judgement of a passage that the set lacks is left
+    "test". Empty passages are kept. A train judgement of a passage that the set lacks is left
     out; in the other splits it stays, as published figures count it. Raises DataError.
     """
     try:
@@ -347,7 +472,8 @@ def load_ir_datasets(name: str) -> Collection:
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, dict[str, int]]] = {}
     try:
-        passages = {doc.doc_id: doc.default_text().strip() for doc in base.docs_iter()}
+        ids, passages = _on_disk(_cache(f"ir_datasets:{name}"), lambda: (
+            (f"ir_datasets:{name}", doc.doc_id, doc.default_text().strip()) for doc in base.docs_iter()))
         for split, part in parts:
             if split in qrels or part not in known:
                 continue
@@ -355,13 +481,14 @@ def load_ir_datasets(name: str) -> Collection:
             if data.has_queries():
                 queries |= {query.query_id: query.default_text().strip() for query in data.queries_iter()}
             if data.has_qrels():
-                judged = qrels[split] = {}
-                for qrel in data.qrels_iter():
-                    if qrel.query_id in queries and (split != "train" or qrel.doc_id in passages):
+                judged, rows = {}, list(data.qrels_iter())
+                qrels[split] = judged
+                for qrel, n in zip(rows, ids.find(qrel.doc_id for qrel in rows)):
+                    if qrel.query_id in queries and (split != "train" or n >= 0):
                         judged.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
     except (OSError, RuntimeError) as error:
         raise DataError(f"ir_datasets:{name} could not be downloaded or read: {error}") from None
-    return Collection(name, list(passages), list(passages.values()), queries, qrels)
+    return Collection(name, ids, passages, queries, qrels)
 
 
 # Metrics and the BM25 baseline ---------------------------------------------------------------------------------------

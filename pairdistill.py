@@ -19,10 +19,13 @@ Q query tokens, T passage tokens (all of them, ragged), E embedding, L a padded 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import string
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -39,6 +42,7 @@ from checkpoints import cannot_load, digest  # also for those that know them fro
 from maxsim_kernel import pairdistill_objective
 from ranks import AfterStep, Ranks, gather_passages, has_bfloat16, sum_gradients
 
+PIECE = 2048  # tokens that go through the encoder at once on a CPU: what a layer makes of them stays in its cache
 MARKS, LEVELS = 16, 128  # token types of a teacher's marks, and of each of its two scales
 
 
@@ -72,6 +76,8 @@ class Student(nn.Module):
             raise ValueError(f"this tokenizer has no {' and no '.join(lacking)} for ColBERT's markers: pass markers=False")
         ids = set(tokenizer.convert_tokens_to_ids(list(skiplist))) - {None}
         self.register_buffer("skiplist", torch.tensor(sorted(ids), dtype=torch.int64), False)
+        self.skipped = torch.zeros(max(len(tokenizer), encoder.config.vocab_size), dtype=torch.bool)  # [V], on the CPU
+        self.skipped[self.skiplist] = True
 
     def token_id(self, token: str) -> int | None:
         found = self.tokenizer.convert_tokens_to_ids(token)
@@ -130,7 +136,13 @@ class Student(nn.Module):
 
     def _encode(self, ids: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """ids [n, L], attended bool [n, L] -> [n, L, E], or for DPR [n, 1, E]."""
-        x = self.encoder(input_ids=ids, attention_mask=attended.long()).last_hidden_state
+        ids, attended = _send(ids, self.device), _send(attended, self.device)
+        # A mask for each head and position is taken as it is; of a flat one transformers asks whether it masks anything,
+        # and a GPU waits for the answer. (Encoders with local attention need the flat one.)
+        made = self.encoder.config.model_type == "bert" and self.encoder.config._attn_implementation == "sdpa"
+        mask = attended[:, None, None] if made else attended.long()
+        with plainly(self.device):  # here, not in fit alone: recomputing in a backward pass runs outside of what is there
+            x = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         if self.colbert:
             return F.normalize(self.linear(x).float(), dim=-1)
         if self.settings["pooling"] == "mean":
@@ -139,40 +151,63 @@ class Student(nn.Module):
             x = x[:, 0]
         return self.linear(x).float()[:, None]
 
-    def encode_queries(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """texts -> q [B, Q, E], q_mask bool [B, Q]: which positions score (for DPR Q is 1)."""
+    def tokenize_queries(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """texts -> ids [B, L], attended bool [B, L], on the CPU."""
         rows = self._ids(texts, self.query_marker, self.query_length)
         fill = self.tokenizer.mask_token_id if self.expand else self.tokenizer.pad_token_id
         ids, attended = _pad(rows, fill, self.query_length if self.expand else None)
-        if self.expand and self.settings["attend_to_masks"]:
-            attended = torch.ones_like(attended)
-        q = self._encode(ids.to(self.device), attended.to(self.device))
+        return ids, attended | (self.expand and self.settings["attend_to_masks"])
+
+    def embed_queries(self, ids: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokenize_queries' -> encode_queries'."""
+        q = self._encode(ids, attended)
         if not self.colbert or self.expand:  # every position scores: [MASK]s too, although nobody attends to them
             return q, torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-        return q, attended.to(q.device)
+        return q, _send(attended, q.device)
+
+    def encode_queries(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """texts -> q [B, Q, E], q_mask bool [B, Q]: which positions score (for DPR Q is 1)."""
+        return self.embed_queries(*self.tokenize_queries(texts))
+
+    def tokenize_passages(self, texts: list[str]) -> tuple[list, torch.Tensor, torch.Tensor]:
+        """texts -> pieces [(ids [n, L], attended [n, L]), ...] sorted by length, so that little is padding;
+        token int64 [T]: where in the pieces' rows, one after the other, each scoring token is; offsets int32 [N + 1]."""
+        rows = self._ids(texts, self.passage_marker, self.passage_length)
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        pieces, kept, start = [], [], 0
+        while start < len(order):
+            end, most = start + 1, PIECE if self.device.type == "cpu" else np.inf
+            while end < len(order) and end - start < self.chunk and (end - start + 1) * len(rows[order[end]]) <= most:
+                end += 1
+            ids, attended = _pad([rows[n] for n in order[start:end]], self.tokenizer.pad_token_id)
+            keep = attended & ~self.skipped[ids] if self.colbert else attended[:, :1]
+            pieces.append((ids, attended))
+            kept += list(keep.numpy())
+            start = end
+        rows_at = np.cumsum([0, *map(len, kept)])
+        places = [np.flatnonzero(keep) + at for keep, at in zip(kept, rows_at)]  # of each passage, in the pieces' order
+        places = [places[n] for n in np.argsort(order, kind="stable")]
+        offsets = torch.tensor(np.cumsum([0, *map(len, places)]), dtype=torch.int32)
+        return pieces, torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64)), offsets
+
+    def embed_passages(self, pieces: list, token: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokenize_passages' -> encode_passages'. With more passages than `chunk`, activations are recomputed in the backward
+        pass: memory follows the chunk, not the batch."""
+        if torch.is_grad_enabled() and len(offsets) - 1 > self.chunk:
+            parts = [checkpoint(self._encode, *piece, use_reentrant=False) for piece in pieces]
+        else:
+            parts = [self._encode(*piece) for piece in pieces]
+        rows = torch.cat([x.flatten(0, 1) for x in parts]) if parts else torch.zeros(0, self.dim, device=self.device)
+        return rows[_send(token, self.device)], _send(offsets, self.device)
 
     def encode_passages(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """texts -> d [T, E] ragged, offsets int32 [N + 1].
+        """texts -> d [T, E] ragged, offsets int32 [N + 1]."""
+        return self.embed_passages(*self.tokenize_passages(texts))
 
-        Passages go through the encoder `chunk` at a time, sorted by length, so that little is padding. With more chunks
-        than one, activations are recomputed in the backward pass: memory follows the chunk, not the batch.
-        """
-        rows = self._ids(texts, self.passage_marker, self.passage_length)
-        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-        parts, lengths = [], []
-        for start in range(0, len(order), self.chunk):
-            ids, attended = (x.to(self.device) for x in
-                             _pad([rows[n] for n in order[start:start + self.chunk]], self.tokenizer.pad_token_id))
-            if torch.is_grad_enabled() and len(order) > self.chunk:
-                x = checkpoint(self._encode, ids, attended, use_reentrant=False)
-            else:
-                x = self._encode(ids, attended)
-            keep = attended & ~torch.isin(ids, self.skiplist) if self.colbert else attended[:, :1]
-            parts.append(x[keep])
-            lengths.append(keep.sum(1))
-        if not parts:
-            return torch.zeros(0, self.dim, device=self.device), torch.zeros(1, dtype=torch.int32, device=self.device)
-        return _in_order(torch.cat(parts), torch.cat(lengths), torch.tensor(order, device=self.device))
+
+def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device; to a GPU from page-locked memory, which nothing waits for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 def _pad(rows: list[list[int]], fill: int, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,16 +218,6 @@ def _pad(rows: list[list[int]], fill: int, length: int | None = None) -> tuple[t
     ids = np.full((len(rows), length), fill, dtype=np.int64)
     ids[own] = np.concatenate(rows) if rows else []
     return torch.from_numpy(ids), torch.from_numpy(own)
-
-
-def _in_order(d: torch.Tensor, lengths: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ragged passages in the order `order` -> in their original order."""
-    starts = lengths.cumsum(0) - lengths
-    back = torch.argsort(order)
-    lengths, starts = lengths[back], starts[back]
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    token = torch.arange(len(d), device=d.device) + (starts - offsets[:-1]).repeat_interleave(lengths)
-    return d[token], offsets.to(torch.int32)
 
 
 def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 16000, hidden: int = 128,
@@ -260,25 +285,86 @@ def sample_pairs(n_passages: int, n_pairs: int, delta: int | None, generator: to
 
 # Training -----------------------------------------------------------------------------------------------------------
 
+def automatic_chunk(student: Student) -> int:
+    """The passages whose activations fit into half of a GPU's free memory, gradients and AdamW's state aside, or into 2 GB
+    on a CPU: there more would only save the time of recomputing, and ranks share the memory."""
+    c, length = student.encoder.config, student.passage_length
+    wide = getattr(c, "intermediate_size", 4 * c.hidden_size)
+    # Floats a token and layer: q, k, v, what attention, both dropouts and both norms make of it; around the activation;
+    # the attention's weights before and after dropout, which a GPU does not keep.
+    plain = 0 if student.device.type == "cuda" else 2 * c.num_attention_heads * length
+    of_passage = 4 * length * c.num_hidden_layers * (10 * c.hidden_size + 3 * wide + plain)
+    if student.device.type != "cuda":
+        return max(1, int(2e9 / of_passage))
+    free = torch.cuda.mem_get_info(student.device)[0] - 3 * 4 * sum(p.numel() for p in student.parameters())
+    return max(1, int(free / 2 / of_passage))
+
+
 def half(device: torch.device) -> torch.autocast:
     """bfloat16 autocast where the hardware has it; elsewhere a context that does nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
-def attention(device: torch.device):
-    """On a CPU, in training: torch's fused attention has a backward pass that costs as much as the rest of a step."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+def plainly(device: torch.device):
+    """On a CPU, in training: attention and dropout by few and cheap operations."""
+    return _Plainly() if device.type == "cpu" and torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+class _Plainly(TorchFunctionMode):
+    """torch's fused attention has a backward pass that costs as much as the rest of a step, its other one asks of each
+    row whether all of it is masked, and its dropout draws a float for each element: a fifth of a step of MiniLM."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return self.OURS.get(function, function)(*args, **(kwargs or {}))
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+               enable_gqa: bool = False) -> torch.Tensor:
+    if is_causal or enable_gqa:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                              enable_gqa=enable_gqa)
+    scores = query * (scale or query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=scores.dtype).masked_fill_(~attn_mask, torch.finfo(scores.dtype).min)
+        scores += attn_mask
+    return _dropout(torch.softmax(scores, -1), dropout_p) @ value
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    return _Dropout.apply(x, p) if training and p > 0 else x
+
+
+_Plainly.OURS = {F.scaled_dot_product_attention: _attention, F.dropout: _dropout}
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout with p rounded to 1/256: one random byte an element."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        n = round(256 * p)
+        bytes_ = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2**63, None).view(torch.uint8)
+        ctx.dropped, ctx.scale = (bytes_[:x.numel()] < n).view(x.shape), 256 / (256 - n)
+        return x.masked_fill(ctx.dropped, 0).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.masked_fill(ctx.dropped, 0).mul_(ctx.scale), None
 
 
 def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ranks: Ranks, desc: str, seed: int,
         weight_decay: float = 0.0, clip: float = 2.0, checkpoint_folder: Path | None = None,
-        checkpoint_every: int = 500, batch_of=None) -> list[list[float]]:
+        checkpoint_every: int = 500, batch_of=None, prepare=lambda step: step, memory: Memory | None = None,
+        speed: Speed | None = None, note=lambda **row: None) -> list[list[float]]:
     """AdamW with linear warm-up and decay, on any number of ranks. Returns the loss terms of every step.
 
-    batch_terms(step) -> float [n]: the terms of this rank's share of the global batch, the total loss first. Their sum
-    over ranks is the batch's loss, so the sum of the ranks' gradients is its gradient. batch_of(step) -> what that batch
-    held, which is written beside the checkpoint if its loss is not finite; then ValueError is raised. On SIGTERM rank 0
-    writes a checkpoint after the step in hand, and all exit with 143.
+    batch_terms(prepare(step)) -> float [n]: the terms of this rank's share of the global batch, the total loss first.
+    Their sum over ranks is the batch's loss, so the sum of the ranks' gradients is its gradient. prepare runs a step ahead,
+    in another thread. batch_of(step) -> what that batch held, which is written beside the checkpoint if its loss is not
+    finite; then ValueError is raised. On SIGTERM rank 0 writes a checkpoint after the step in hand, and all exit with 143.
+    note(steps=..., tokens_per_second=..., share_of_peak=...) is called with every checkpoint and at the end.
     # OURS: weight decay is explicit: 0, as the authors' transformers.AdamW had it; torch's default is 0.01.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -288,26 +374,39 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
     model.train()
     bar = tqdm(range(start, steps), desc=desc, initial=start, total=steps, disable=not ranks.first, leave=False,
                mininterval=1.0)
-    checked = start
+    checked, batches = start, _ahead(prepare, start, steps)
+
+    def gradients(batch) -> torch.Tensor:
+        # Dropout is a function of (seed, step, rank): a resumed run draws what an undisturbed one draws.
+        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + ranks.rank)
+        optimizer.zero_grad()
+        with plainly(ranks.device), half(ranks.device):
+            terms = batch_terms(batch)
+        terms[0].backward()
+        return terms.detach()
+
     with AfterStep(ranks) as sigterm:
         for step in bar:
-            # Dropout is a function of (seed, step, rank): a resumed run draws what an undisturbed one draws.
-            torch.manual_seed((seed * 1_000_003 + step) * 1_009 + ranks.rank)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
-            optimizer.zero_grad()
-            with attention(ranks.device):
-                with half(ranks.device):
-                    terms = batch_terms(step)
-                terms[0].backward()
-                history.append(sum_gradients(model, terms, ranks))
+            batch = next(batches)
+            terms = memory.agreed(gradients, batch) if memory else gradients(batch)
+            if terms is None:
+                memory.lower()
+                batches = _ahead(prepare, step, steps)  # the batch made ahead was cut into the old chunks
+                batch = next(batches)
+                if (terms := memory.agreed(gradients, batch)) is None:
+                    memory.lower()
+            history.append(sum_gradients(model, terms, ranks))
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             due = checkpoint_folder and (step + 1 < steps) and ((step + 1) % checkpoint_every == 0 or sigterm.came)
             if step % 10 == 9 or step + 1 == steps or due:  # not at each step: a GPU would wait for the answer
                 _refuse_nan(history, checked, checkpoint_folder, batch_of, ranks)
                 checked = step + 1
-                bar.set_postfix(loss=f"{float(history[-1][0]):.3f}")
+                bar.set_postfix_str(f"loss {float(history[-1][0]):.3f}{speed or ''}")
+            if speed and (due or step + 1 == steps):
+                note(steps=step + 1, **speed.take())
             if due and ranks.first:
                 _save_checkpoint(checkpoint_folder, model, optimizer, history)
             if sigterm.came and ranks.first:
@@ -366,6 +465,110 @@ def _resume(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimi
     return len(history)
 
 
+def _ahead(prepare, start: int, steps: int):
+    """prepare(step) of each step, made in another thread while the step before it runs."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(prepare, start)
+        for step in range(start, steps):
+            ready, coming = coming.result(), pool.submit(prepare, step + 1) if step + 1 < steps else None
+            yield ready
+
+
+class Memory:
+    """Halves the student's chunk once when device memory runs out, on all ranks alike; the second time ends the run.
+
+    Ranks agree after encoding and after the backward pass. In between they exchange embeddings and their gradients, and one
+    that runs out there cannot be waited for: that ends the run at once.
+    """
+
+    def __init__(self, student: Student, ranks: Ranks, most: int):
+        self.student, self.ranks, self.most, self.lowered, self.between = student, ranks, most, False, False
+
+    def agreed(self, work, *args):
+        """work(*args), or None on all ranks if memory ran out on one of them."""
+        result, out = None, torch.zeros(1)
+        try:
+            result = work(*args)
+        except torch.OutOfMemoryError:
+            if self.between and self.ranks.world > 1:
+                raise ValueError(self._sentence()) from None
+            out += 1
+        return None if self.ranks.sum_(out) > 0 else result
+
+    def encoded(self, work):
+        """The same for work() -> d and more, but raises OutOfMemoryError on all ranks; `between` until d's gradient is there."""
+        self.between = False
+        if (result := self.agreed(work)) is None:
+            raise torch.OutOfMemoryError
+        self.between = True
+        if result[0].requires_grad:
+            result[0].register_hook(lambda _: setattr(self, "between", False))
+        return result
+
+    def lower(self) -> None:
+        if self.lowered or self.most == 1:
+            raise ValueError(self._sentence())
+        self.lowered, self.student.chunk = True, max(1, min(self.student.chunk, self.most) // 2)
+        if self.student.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.ranks.say(f"  memory ran out: --passage-chunk is {self.student.chunk} from here on, and the step is repeated")
+
+    def _sentence(self) -> str:
+        return (f"memory ran out with {self.student.chunk} passages at once: give a smaller --passage-chunk, and if 1 is too "
+                f"many, a smaller --batch or --passage-length")
+
+
+BFLOAT16_PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "A6000": 155,
+                 "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "4090": 165, "3090": 71}  # dense TFLOP/s, from data sheets
+
+
+@functools.cache
+def peak_flops(device: torch.device) -> float | None:
+    """The most operations a second of this device in the type that training uses; None where it is not known. Of a CPU
+    nobody says it: one product of matrices is timed."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((1e12 * peak for key, peak in BFLOAT16_PEAK.items() if key in name and has_bfloat16(device)), None)
+    a, least = torch.ones(1024, 1024, dtype=torch.bfloat16 if has_bfloat16(device) else torch.float32), float("inf")
+    with torch.no_grad():
+        for _ in range(20):  # the best of many: others may use the processor too
+            start = time.perf_counter()
+            a @ a
+            least = min(least, time.perf_counter() - start)
+    return 2 * 1024**3 / least
+
+
+class Speed:
+    """Tokens that are trained on a second, over all ranks (taken to be alike), and the share of the hardware's peak: the
+    operations of their products of matrices, forward and backward, padding and recomputing aside. Printed, it says both."""
+
+    def __init__(self, student: Student, ranks: Ranks):
+        self.ranks, self.peak, config = ranks, peak_flops(ranks.device), student.encoder.config
+        self.weights = sum(p.numel() for name, p in student.named_parameters() if p.dim() == 2 and "embeddings" not in name)
+        self.attention = 2 * config.num_hidden_layers * config.hidden_size  # to compare two tokens and to add one's value
+        self.tokens = self.operations = 0
+        self.since = time.perf_counter()
+
+    def add(self, lengths: np.ndarray) -> None:
+        lengths = lengths.astype(np.float64)
+        self.tokens += lengths.sum()
+        self.operations += 6 * (self.weights * lengths.sum() + self.attention * (lengths**2).sum())
+
+    def rates(self) -> dict:
+        seconds = time.perf_counter() - self.since
+        return dict(tokens_per_second=round(self.tokens * self.ranks.world / seconds),
+                    share_of_peak=round(self.operations / seconds / self.peak, 3) if self.peak else None)
+
+    def take(self) -> dict:
+        rates, self.tokens, self.operations, self.since = self.rates(), 0, 0, time.perf_counter()
+        return rates
+
+    def __str__(self) -> str:
+        rates = self.rates()
+        share = f" ({rates['share_of_peak']:.0%} of peak)" if self.peak else ""
+        return f", {rates['tokens_per_second']:,} tokens/s{share}"
+
+
 class Batches:
     """Rows of each global batch, the same on any number of ranks: a new permutation of all rows every epoch."""
 
@@ -384,7 +587,7 @@ class Batches:
 
 def train(student: Student, queries: list[str], passages, examples: dict[str, np.ndarray], *, steps: int, batch: int,
           lr: float, warmup: int, temperature: float, tau: float, lambda_kd: float, lambda_pair: float, pair_reduction: str, seed: int,
-          ranks: Ranks, desc: str, checkpoint_folder: Path | None = None) -> list[list[float]]:
+          ranks: Ranks, desc: str, checkpoint_folder: Path | None = None, note=lambda **row: None) -> list[list[float]]:
     """Trains `student` in place on one iteration's examples; returns [total, L_CL, L_KD, L_pair] of every step.
 
     queries: the text of each row. passages: the corpus. temperature divides the student's scores in every loss (the
@@ -395,27 +598,37 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
     """
     batches = Batches(len(queries), batch, seed)
     in_batch = bool((examples["positive"] >= 0).any())  # with no label there is no L_CL, and no use for other columns
+    memory = Memory(student, ranks, -(-batches.size // ranks.world) * examples["passages"].shape[1])
+    speed = Speed(student, ranks)
 
-    def batch_terms(step: int) -> torch.Tensor:
+    def prepare(step: int) -> dict:
         rows = batches[step]
         share = ranks.share(len(rows))
         mine = rows[share.start:share.stop]
-        positive = examples["positive"][rows]
-        q, q_mask = student.encode_queries([queries[r] for r in mine])
-        d, offsets = student.encode_passages([passages[p] for p in examples["passages"][mine].reshape(-1)])
+        texts = [passages[p] for p in examples["passages"][mine].reshape(-1)]
+        return dict(queries=student.tokenize_queries([queries[r] for r in mine]), passages=student.tokenize_passages(texts),
+                    own=[torch.from_numpy(examples[k][mine]) for k in ("teacher", "pairs", "pair_probs", "positive")],
+                    counts=dict(first_query=share.start, n_queries=len(rows),
+                                n_labelled=int((examples["positive"][rows] >= 0).sum()),
+                                n_pairs=int((examples["pairs"][rows, :, 0] >= 0).sum())))
+
+    def batch_terms(step: dict) -> torch.Tensor:
+        d, offsets, q, q_mask = memory.encoded(
+            lambda: (*student.embed_passages(*step["passages"]), *student.embed_queries(*step["queries"])))
+        for _, attended in (step["queries"], *step["passages"][0]):
+            speed.add(attended.sum(1).numpy())
         if in_batch:
             d, offsets = gather_passages(d, offsets, ranks)
-        own = {k: torch.from_numpy(v[mine]).to(q.device) for k, v in examples.items() if k != "passages"}
-        losses = pairdistill_objective(
-            q / temperature, d, offsets, own["teacher"], own["pairs"], own["pair_probs"], own["positive"], q_mask,
-            in_batch=in_batch, tau=tau, lambda_kd=lambda_kd, lambda_pair=lambda_pair, pair_reduction=pair_reduction,
-            first_query=share.start, n_queries=len(rows), n_labelled=int((positive >= 0).sum()),
-            n_pairs=int((examples["pairs"][rows, :, 0] >= 0).sum()))
+        own = [_send(x, q.device) for x in step["own"]]
+        losses = pairdistill_objective(q / temperature, d, offsets, *own, q_mask, in_batch=in_batch, tau=tau,
+                                       lambda_kd=lambda_kd, lambda_pair=lambda_pair, pair_reduction=pair_reduction,
+                                       **step["counts"])
         return torch.stack(list(losses))
 
     def batch_of(step: int) -> list[dict]:
         return [dict(query=queries[r], passages=[passages[p] for p in examples["passages"][r]],
-                     **{k: v[r].tolist() for k, v in examples.items() if k != "passages"}) for r in batches[step]]
+                     **{k: v[r].tolist() for k, v in examples.items() if k != "passages"})
+                for r in Batches(len(queries), batch, seed)[step]]  # not `batches`, which another thread reads
 
     return fit(student, batch_terms, steps, lr=lr, warmup=warmup, ranks=ranks, desc=desc, seed=seed,
-               checkpoint_folder=checkpoint_folder, batch_of=batch_of)
+               checkpoint_folder=checkpoint_folder, batch_of=batch_of, prepare=prepare, memory=memory, speed=speed, note=note)

@@ -141,7 +141,7 @@ def init() -> Ranks:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if world > 1:
         # Rank 0 may index or train a tokenizer for long while the others wait.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     return Ranks(rank, world, device)
 
 

@@ -65,7 +65,8 @@ class Config:
     delta: int = option(10, "pairs are closer than this in the pointwise order; 0: any pair", "10")
     steps: int = option(100_000, "training steps of an iteration", "100,000")
     batch: int = option(32, "queries of a step, over all ranks", "32")
-    chunk: int = option(64, "passages that go through the encoder at once")
+    passage_chunk: int = option(0, "passages whose activations are held at once in training; 0: what fits into half of the "
+                                "GPU's free memory, or into 2 GB of a CPU's, halved once if it runs out")
     lr: float = option(1e-5, "learning rate of AdamW, with linear warm-up and decay", "1e-5")
     warmup: int = option(3000, "warm-up steps", "authors' code: 3,000")
     temperature: float = option(1.0, "divides the student's scores in every loss", "authors' code: 1.0")
@@ -86,7 +87,7 @@ SMALL = dict(kept=12, n_pairs=8, eval_k=100, rerank=30, rerank_pairs=4)
 PRESETS = {
     "docs": dict(data="docs", student="scratch", pointwise="scratch", pairwise="scratch", query_length=24,
                  passage_length=48, expansion=False, base_steps=30, teacher_length=64, teacher_steps=60,
-                 teacher_lr=5e-4, retrieve_k=20, train_queries=640, steps=112, batch=16, chunk=128, lr=6e-4, warmup=8,
+                 teacher_lr=5e-4, retrieve_k=20, train_queries=640, steps=112, batch=16, lr=6e-4, warmup=8,
                  temperature=0.125, tau=0.25, **SMALL),
     "scifact": dict(data="ir_datasets:beir/scifact", student="sentence-transformers/all-MiniLM-L6-v2",
                     pairwise="castorini/duot5-base-msmarco", markers=False, expansion=False, query_length=64,
@@ -120,7 +121,7 @@ def check(config: Config) -> None:
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: it is {' or '.join(allowed)}")
     for f in dataclasses.fields(Config):
-        zero = f.name in ("seed", "eval_queries", "dim", "base_steps", "train_queries", "delta", "warmup", "lambda_kd", "lambda_pair",
+        zero = f.name in ("seed", "eval_queries", "dim", "base_steps", "train_queries", "delta", "passage_chunk", "warmup", "lambda_kd", "lambda_pair",
                           "rerank", "rerank_pairs", "n_pairs", "iters")
         if f.type in ("int", "float") and not getattr(config, f.name) >= (0 if zero else 1e-12):
             raise ValueError(f"--{f.name.replace('_', '-')} {getattr(config, f.name)}: it is {'0 or more' if zero else 'more than 0'}")
@@ -167,9 +168,10 @@ class Run:
             same_run(config, preset, self.out)
             if config.data == "docs" and not copy.exists():
                 save_collection(load_collection("docs"), copy)  # parsed once, for all ranks and for retrieve.py
+            load_collection(str(copy) if copy.exists() else config.data)  # converted once, for all ranks
         ranks.barrier()
         self.data = load_collection(str(copy) if copy.exists() else config.data)
-        self.number = {p: n for n, p in enumerate(self.data.passage_ids)}
+        self.number = self.data.judged_positions()
         if config.split not in self.data.qrels:
             raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
         train = self.data.qrels.get("train", {})
@@ -225,11 +227,11 @@ class Run:
 # Stages -------------------------------------------------------------------------------------------------------------
 
 def load_student(run: Run, folder: str | Path):
-    from pairdistill import Student
+    from pairdistill import Student, automatic_chunk
     c = run.config
     student = Student.from_pretrained(str(folder), c.architecture, c.dim or None, c.query_length, c.passage_length,
                                       c.expansion, markers=c.markers, seed=c.seed).to(run.ranks.device)
-    student.chunk = c.chunk
+    student.chunk = c.passage_chunk or automatic_chunk(student)
     return student
 
 
@@ -417,7 +419,8 @@ def distill(run: Run, iteration: int, previous: Path, folder: Path) -> None:
     history = train(student, run.text([run.train_ids[q] for q in f["queries"]]), run.data.passages, examples,
                     steps=c.steps, batch=c.batch, lr=c.lr, warmup=c.warmup, temperature=c.temperature, tau=c.tau, lambda_kd=c.lambda_kd,
                     lambda_pair=c.lambda_pair, pair_reduction=c.pair_reduction, seed=c.seed + iteration, ranks=run.ranks,
-                    desc="  train", checkpoint_folder=folder / "checkpoint")
+                    desc="  train", checkpoint_folder=folder / "checkpoint",
+                    note=lambda **row: run.note(iteration=iteration, **row))
     log_losses(run, iteration, history)
     save_student(run, student, folder)
 

@@ -151,7 +151,7 @@ def beir_folder(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS, compress=Fa
 def test_beir_folder_joins_title_and_text_and_keeps_unlabelled_queries(tmp_path, compress):
     collection = data.load_collection(beir_folder(tmp_path / "mine", compress=compress))
     assert collection.name == "mine"
-    assert collection.passage_ids == ["d1", "d2"] and collection.passages == ["Paths join them", "other"]
+    assert list(collection.passage_ids) == ["d1", "d2"] and list(collection.passages) == ["Paths join them", "other"]
     assert collection.queries == {"q1": "how to join", "q2": "anything"}
     assert collection.qrels == {"dev": {"q1": {"d1": 1, "d2": 0}}}
 
@@ -202,6 +202,47 @@ def test_beir_folder_that_is_missing_or_damaged_is_said_in_one_sentence(tmp_path
         data.load_collection(str(folder))
 
 
+def caches(folder) -> list[str]:
+    return sorted(str(p) for p in Path(folder).rglob("*") if p.parent.name == "corpus.texts" or p.name.startswith("writing."))
+
+
+def test_a_corpus_is_converted_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    folder = beir_folder(tmp_path / "mine", CORPUS + ['{"_id": "ü", "text": "two\\nlines, é"}'])
+    first, (before,) = data.load_collection(folder), caches(folder)
+    monkeypatch.setattr(data, "_write_texts", None)  # would fail
+    again = data.load_collection(folder)
+    assert list(again.passages) == list(first.passages) == ["Paths join them", "other", "two\nlines, é"]
+    assert again.passages[-1] == again.passages[np.int64(2)] == "two\nlines, é" and again.passages[1:] == list(again.passages)[1:]
+    with pytest.raises(IndexError):
+        again.passages[3]
+    assert again.passage_ids.find(["ü", "d9", "d1"]).tolist() == [2, -1, 0] and "d2" in again.passage_ids
+    assert again.judged_positions() == {"d1": 0, "d2": 1}
+    monkeypatch.undo()
+    with open(Path(folder, "corpus.jsonl"), "a") as file:
+        file.write('{"_id": "d4", "text": "new"}\n')
+    assert len(data.load_collection(folder).passages) == 4 and len(caches(folder)) == 1 and caches(folder) != [before]
+    assert list(first.passages)[1] == "other"  # whoever has the old one open still reads it
+
+
+def test_a_broken_corpus_leaves_no_cache_and_one_that_may_not_be_written_beside_goes_to_the_users(tmp_path, monkeypatch):
+    folder = beir_folder(tmp_path / "bad", corpus=CORPUS + CORPUS[:1])
+    with pytest.raises(data.DataError, match="line 3"):
+        data.load_collection(folder)
+    assert caches(folder) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = beir_folder(tmp_path / "mine")
+    Path(folder).chmod(0o555)
+    assert list(data.load_collection(folder).passages)[1] == "other"
+    assert caches(folder) == [] and len(list((tmp_path / "cache").rglob("passages.txt"))) == 1
+
+
+def test_many_processes_convert_one_corpus_at_once(tmp_path):
+    folder = beir_folder(tmp_path / "mine", [json.dumps({"_id": f"d{n}", "text": f"text {n}"}) for n in range(20_000)])
+    script = f"import data, sys; c = data.load_collection({folder!r}); assert c.passages[c.passage_ids.find(['d777'])[0]] == 'text 777'"
+    readers = [subprocess.Popen([sys.executable, "-c", script], cwd=HERE) for _ in range(4)]
+    assert [reader.wait(60) for reader in readers] == [0] * 4 and len(caches(folder)) == 1
+
+
 class FakeSet:
     """What load_ir_datasets uses of an ir_datasets data set."""
 
@@ -226,7 +267,8 @@ class FakeQrel:
         self.query_id, self.doc_id, self.relevance = query_id, doc_id, relevance
 
 
-def test_ir_datasets_subsets_become_splits(monkeypatch):
+def test_ir_datasets_subsets_become_splits(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake = type(sys)("ir_datasets")
     passages = [FakeText("d1", "title text "), FakeText("d2", "other")]
     fake.registry = {
@@ -239,7 +281,7 @@ def test_ir_datasets_subsets_become_splits(monkeypatch):
     fake.load = fake.registry.__getitem__
     monkeypatch.setitem(sys.modules, "ir_datasets", fake)
     collection = data.load_collection("ir_datasets:set")
-    assert collection.passages == ["title text", "other"]
+    assert list(collection.passages) == ["title text", "other"]
     assert collection.queries == {"q1": "one", "q2": "two", "q3": "three"}
     assert collection.qrels == {"train": {"q1": {"d1": 1}}, "dev": {"q3": {"d2": 2}}}
     assert data.load_collection("ir_datasets:set/train").qrels == {"train": {"q1": {"d1": 1}}}
@@ -1121,6 +1163,67 @@ def test_chunks_change_memory_not_gradients(encoder):
     assert torch.allclose(*gradients, atol=1e-4, rtol=1e-4)
 
 
+def test_the_automatic_chunk_follows_the_length_and_the_free_memory(encoder, monkeypatch):
+    from pairdistill import automatic_chunk
+    short, long = (automatic_chunk(student_of(encoder, passage_length=n)) for n in (20, 60))
+    assert short > 2.5 * long > 0
+    monkeypatch.setattr(Student, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    free = 10**9
+    some = automatic_chunk(student_of(encoder))
+    free = 2 * 10**9
+    assert 1.9 < automatic_chunk(student_of(encoder)) / some < 2.1
+
+
+def test_cheap_attention_and_dropout_are_what_torch_computes():
+    from pairdistill import _dropout, plainly
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 4, requires_grad=True) for _ in range(3))
+    mask, upstream = torch.rand(2, 1, 1, 7) < 0.7, torch.randn(2, 3, 7, 4)
+    for mask in (None, mask, torch.zeros(2, 1, 7, 7).masked_fill(~mask, -1e9)):
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        with plainly(torch.device("cpu")):
+            ours = F.scaled_dot_product_attention(q, k, v, mask)
+        assert torch.allclose(ours, expected, atol=1e-6)
+        for a, b in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (ours, expected))):
+            assert torch.allclose(a, b, atol=1e-5)
+    x = torch.ones(100_003, requires_grad=True)
+    y = _dropout(x, 0.1)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and y.unique().tolist() == pytest.approx([0, 256 / 230]) and abs((y == 0).float().mean() - 0.1) < 0.01
+    assert _dropout(x, 0.1, training=False) is x and _dropout(x, 0.0) is x
+
+
+def out_of_memory(monkeypatch, times: int, when=lambda student: True) -> list[int]:
+    """Encoding runs out of memory so many times; the chunks at which it was tried."""
+    encode, tried = Student.encode_passages, []
+
+    def encode_passages(student, texts):
+        tried.append(student.chunk)
+        if len(tried) <= times and when(student):
+            raise torch.OutOfMemoryError
+        return encode(student, texts)
+    monkeypatch.setattr(Student, "encode_passages", encode_passages)
+    return tried
+
+
+def test_out_of_memory_once_halves_the_chunk_and_repeats_the_step(encoder, monkeypatch, capsys):
+    whole, terms = train_a_little(encoder, examples_of())
+    tried = out_of_memory(monkeypatch, 1)
+    smaller, again = train_a_little(encoder, examples_of())
+    assert tried == [64] + 6 * [6]  # 4 queries of 3 passages are 12: half of 64 would change nothing
+    assert np.allclose(again, terms, rtol=1e-4, atol=1e-5)
+    for a, b in zip(whole.parameters(), smaller.parameters()):
+        assert torch.allclose(a, b, atol=2e-3)
+    assert "memory ran out: --passage-chunk is 6 from here on, and the step is repeated\n" in capsys.readouterr().out
+
+
+def test_out_of_memory_twice_ends_the_run_in_a_sentence_that_names_the_flag(encoder, monkeypatch):
+    out_of_memory(monkeypatch, 2)
+    with pytest.raises(ValueError, match=r"memory ran out with 6 passages at once: give a smaller --passage-chunk"):
+        train_a_little(encoder, examples_of())
+
+
 @pytest.mark.parametrize("n, wanted, delta", [(16, 12, 4), (64, 50, 10), (5, 100, None), (3, 7, 2), (1, 5, 10), (64, 0, 10)])
 def test_pairs_are_near_ordered_distinct_and_as_many_as_there_are(n, wanted, delta):
     pairs = sample_pairs(n, wanted, delta, torch.Generator().manual_seed(1))
@@ -1210,9 +1313,22 @@ TWO_RANKS = """
 import contextlib, os, sys, torch
 sys.path.insert(0, {here!r})
 import pairdistill, ranks
+out_of_memory_on = {out_of_memory_on!r}
 pairdistill.half = lambda device: contextlib.nullcontext()
 from test_pairdistill import TEXTS, examples_of, train_a_little
 me = ranks.init()
+if me.rank == out_of_memory_on:  # in a backward pass: the other rank is done with its own
+    encode = pairdistill.Student.encode_passages
+    def encode_passages(student, texts):
+        def run_out(_):
+            raise torch.OutOfMemoryError
+        d, offsets = encode(student, texts)
+        if student.chunk == 64:
+            hooks.append(student.linear.weight.register_hook(run_out))
+        elif hooks:
+            hooks.pop().remove()
+        return d, offsets
+    hooks, pairdistill.Student.encode_passages = [], encode_passages
 student, terms = train_a_little({encoder!r}, examples_of(), me, steps={steps})
 if me.first:
     torch.save(dict(terms=terms, gradients=[p.grad for p in student.parameters() if p.grad is not None]), {out!r})
@@ -1221,9 +1337,10 @@ os._exit(0)  # as run.py does: a thread of gloo can abort an interpreter that is
 """
 
 
-def on_two_ranks(tmp_path, encoder: str, steps: int) -> dict:
+def on_two_ranks(tmp_path, encoder: str, steps: int, out_of_memory_on: int | None = None) -> dict:
     script, out = tmp_path / "two.py", tmp_path / "two.pt"
-    script.write_text(TWO_RANKS.format(here=str(HERE), encoder=encoder, steps=steps, out=str(out)))
+    script.write_text(TWO_RANKS.format(here=str(HERE), encoder=encoder, steps=steps, out=str(out),
+                                       out_of_memory_on=out_of_memory_on))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
                    check=True, capture_output=True, timeout=300)
     return torch.load(out, weights_only=True)
@@ -1234,7 +1351,7 @@ def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encod
     import pairdistill
     monkeypatch.setattr(pairdistill, "half", lambda device: contextlib.nullcontext())  # bfloat16 rounds by batch shape
     one, terms = train_a_little(encoder, examples_of(), steps=1)
-    two = on_two_ranks(tmp_path, encoder, 1)
+    two = on_two_ranks(tmp_path, encoder, 1, out_of_memory_on=1)  # and the step, repeated on both, is the same
     assert np.allclose(two["terms"], terms, atol=1e-5, rtol=1e-5)
     gradients = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
     assert len(two["gradients"]) >= len(gradients) > 10
