@@ -3,6 +3,7 @@
 Each is named as the claim it checks. Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for
 before they are imported. What needs the data sets beside the project, or a package that is not required, skips and says so.
 """
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -1809,7 +1810,52 @@ def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path,
     assert "d0" in capsys.readouterr().out
 
     message = refused(capsys, *command, "--lr", "0.5")
-    assert "another configuration" in message and "lr (" in message
+    assert "--lr (1e-05 there, 0.5 now) would change iter1/train; " in message and "--restart-from iter1/train" in message
+
+
+def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and_that_can_be_made_again(tmp_path, capsys):
+    data_folder, out = random_words_folder(tmp_path / "data"), tmp_path / "run"
+    command = ["--data", str(data_folder), "--out", str(out), *TINY, "--rerank", "0"]
+    assert run.main([*command, "--iters", "0"]) == 0
+    student = (out / "iter0" / "student" / "model.safetensors").read_bytes()
+    config = lambda: json.loads((out / "config.json").read_text())
+    assert run.main([*command, "--lr", "1e-4", "--chunk", "32"]) == 0  # no iteration was finished, and chunks change nothing
+    assert (config()["lr"], config()["chunk"], config()["iters"]) == (1e-4, 32, 1)
+    command += ["--lr", "1e-4"]
+    weights = (out / "iter1" / "student" / "model.safetensors").read_bytes()
+    before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
+
+    message = refused(capsys, *command, "--n-pairs", "3", "--lambda-pair", "1")  # the first stage, and its flag
+    assert "--n-pairs (4 there, 3 now) would change iter1/pairwise; " in message and "--restart-from iter1/pairwise" in message
+    assert "would change iter0/student" in refused(capsys, *command, "--query-length", "9", "--restart-from", "iter1/train")
+    assert "iter0/student, iter0/index, " in refused(capsys, *command, "--restart-from", "iter1/pairs")
+    assert sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*")) == before  # a refusal touches nothing
+
+    assert run.main([*command, "--n-pairs", "3", "--restart-from", "iter1/pairwise"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"pointwise .*done before", printed) and not re.search(r"(pairwise|train) .*done before", printed)
+    assert "0 of 540 scores" not in printed and np.load(out / "iter1" / "pairs.npz")["pairs"].shape == (90, 3, 2)
+    assert (out / "iter0" / "student" / "model.safetensors").read_bytes() == student
+    assert (out / "iter1" / "student" / "model.safetensors").read_bytes() != weights
+    assert run.main([*command, "--restart-from", "iter1/pairwise"]) == 0  # as it was before
+    assert (out / "iter1" / "student" / "model.safetensors").read_bytes() == weights
+
+    (out / "iter1" / "pairs.npz").unlink()  # made again, it is the same
+    assert run.main(command) == 0
+    pairs = dict(np.load(out / "iter1" / "pairs.npz"))
+    run.write(out / "iter1" / "pairs.npz", {**pairs, "pair_probs": 1 - pairs["pair_probs"]})
+    message = refused(capsys, *command)
+    assert f"{out}/iter1/student was made from another iter1/pairs.npz" in message and "--restart-from iter1/train" in message
+    qrels = data_folder / "qrels" / "train.tsv"
+    qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[:-1]))
+    message = refused(capsys, *command)
+    assert "--data (digest " in message and "--restart-from iter0/student" in message
+
+
+def test_every_setting_is_one_that_a_stage_reads_or_one_that_changes_no_result():
+    read = {name for _, _, names in run.STAGES.values() for name in names.split()}
+    assert {f.name for f in dataclasses.fields(run.Config)} - read == {"data", "seed", "out", "iters", "gpus", "chunk"}
+    assert not read & {"out", "iters", "gpus", "chunk"}
 
 
 @pytest.mark.filterwarnings("ignore:.*cut at their end")
@@ -1882,7 +1928,7 @@ def start_a_long_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     for line in process.stdout:  # tqdm's bar is rewritten in place, and its lines end with a carriage return
-        if "iteration 0:" in line and "/100000" in line and " 0/100000" not in line:
+        if "iteration 0:" in line and "/100000" in line and "?" not in line:  # which it is before the first step
             break
     return process
 
