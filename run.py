@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,12 +100,14 @@ PRESETS = {
 METRICS = ["MRR@10", "nDCG@10", "R@5", "R@100", "R@1000", "Success@5"]
 
 
-def parse(argv: list[str]) -> tuple[str, Config, str | None]:
-    """-> preset, settings, and the stage to restart from."""
+def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
+    """-> preset, settings, the stage to restart from, and whether this is a dry run."""
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="docs", help="a set of defaults, which the flags override")
     parser.add_argument("--restart-from", metavar="STAGE", help="make this stage (such as iter1/pointwise) and all that follow "
                         "again; the teachers' scores are kept")
+    parser.add_argument("--dry-run", action="store_true", default=False, help="print the stages, and the time, disk and memory "
+                        "that they need by small runs of each; nothing is written into --out")
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         paper = f"; paper: {f.metadata['paper']}" if f.metadata["paper"] else ""
@@ -114,9 +117,9 @@ def parse(argv: list[str]) -> tuple[str, Config, str | None]:
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                            help=f"{f.metadata['help']} (default: {f.default!r}{'; ' + by_preset if by_preset else ''}{paper})")
     given = vars(parser.parse_args(argv))
-    preset, restart = given.pop("preset"), given.pop("restart_from")
+    preset, restart, dry = given.pop("preset"), given.pop("restart_from"), given.pop("dry_run")
     config = Config(**{**PRESETS[preset], **given})
-    return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}"), restart
+    return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}"), restart, dry
 
 
 def check(config: Config) -> None:
@@ -224,15 +227,15 @@ def discard(path: Path) -> None:
 class Run:
     """What every stage needs: the configuration, the rank, the collection, the log."""
 
-    def __init__(self, config: Config, preset: str, restart: str | None, ranks):
+    def __init__(self, config: Config, preset: str, restart: str | None, ranks, dry: bool = False):
         from data import load_collection, save_collection
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.started = time.time()
         copy = self.out / "collection"
-        if ranks.first and config.data == "docs" and not copy.exists():
+        if ranks.first and config.data == "docs" and not copy.exists() and not dry:
             save_collection(load_collection("docs"), copy)  # parsed once, for all ranks and for retrieve.py
         ranks.barrier()
-        self.data = load_collection(str(copy) if config.data == "docs" else config.data)
+        self.data = load_collection(str(copy) if config.data == "docs" and copy.exists() else config.data)
         self.number = {p: n for n, p in enumerate(self.data.passage_ids)}
         if config.split not in self.data.qrels:
             raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
@@ -252,10 +255,10 @@ class Run:
         self.positives = {q: [self.number[p] for p, grade in sorted(train.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
                           for q in self.train_ids}
         if ranks.first:
-            self._begin(preset, restart)
+            self._begin(preset, restart, dry)
         ranks.barrier()
 
-    def _begin(self, preset: str, restart: str | None) -> None:
+    def _begin(self, preset: str, restart: str | None, dry: bool) -> None:
         """Compares the settings with those of the finished stages, removes what is to be made again, writes config.json."""
         c, manifest = self.config, self.out / "stages.json"
         self.collection = digest_of_collection(self.data)
@@ -264,7 +267,7 @@ class Run:
         stages = plan(dataclasses.replace(c, iters=last))
         if restart and restart not in stages:
             raise ValueError(f"--restart-from {restart}: the stages are {', '.join(stages)}")
-        redone = stages[stages.index(restart):] if restart else []
+        self.redone = redone = stages[stages.index(restart):] if restart else []
         for stage in stages[:len(stages) - len(redone)]:
             now = self.settings(stage)
             then = self.made.get(stage, {}).get("settings", now) if self.begun(stage) else now
@@ -272,6 +275,8 @@ class Run:
             if differ:
                 raise ValueError(f"{self.out} holds a run with another configuration: {', '.join(differ)} would change {stage}; "
                                  f"choose another --out, or add --restart-from {stage} to go on from there")
+        if dry:
+            return
         for stage in reversed(redone):  # the last one first: what is left is always the beginning of a run
             for path in row_of(stage)[0]:
                 discard(self.out / path)
@@ -286,16 +291,20 @@ class Run:
             names = [n for n in names if n not in ("base_batch", "base_lr", "temperature")]
         return {"data": f"digest {self.collection}", "seed": c.seed, **{n: getattr(c, n) for n in names}}
 
+    def done(self, stage: str) -> bool:
+        return (self.out / row_of(stage)[0][0]).exists() and stage not in self.redone
+
     def begun(self, stage: str) -> bool:
         """Whether its result is there, or a checkpoint on the way to it."""
         result, *others = row_of(stage)[0]
-        return any((self.out / name).exists() for name in (result, *(f"{o}/{n}.safetensors" for o in others for n in ("last", "previous"))))
+        checkpoints = [f"{name}/{which}.safetensors" for name in others for which in ("last", "previous")]
+        return any((self.out / name).exists() for name in (result, *checkpoints))
 
     def _record(self, stage: str) -> None:
         """Notes in stages.json what a stage is made of, before it is made; of one that is, compares the files."""
         (result, *others), reads, names = row_of(stage)
-        models = {str(getattr(self.config, n)).removeprefix("train:") for n in names if n in ("student", "pointwise", "pairwise")}
-        paths = {name: self.out / name for name in reads} | {name: Path(name) for name in models - {"scratch"} if Path(name).is_dir()}
+        specs = {getattr(self.config, n).removeprefix("train:") for n in names if n in ("student", "pointwise", "pairwise")}
+        paths = {name: self.out / name for name in reads} | {s: Path(s) for s in specs - {"scratch"} if Path(s).is_dir()}
         # A file that was removed to save room is not compared.
         now = {name: digest_of(path) for name, path in paths.items() if path.exists()}
         begun = self.begun(stage)
@@ -330,8 +339,9 @@ class Run:
         self.ranks.barrier()  # without it a rank could see the file of a stage that others have yet to enter
         if not done:
             work()
-            peaks = self.ranks.gather(torch.tensor([peak_memory()]))  # all ranks have ended when this returns
-            self.note(stage=name, iteration=iteration, seconds=time.time() - start, peak_gb=round(float(peaks.sum()), 3))
+            peaks = torch.tensor([[peak_memory(), torch.cuda.max_memory_allocated() / 1e9]])
+            gb, gpu_gb = self.ranks.gather(peaks).sum(0).tolist()  # all ranks have ended when this returns
+            self.note(stage=name, iteration=iteration, seconds=time.time() - start, peak_gb=round(gb, 3), gpu_gb=round(gpu_gb, 3))
         self.ranks.say(f"  {name:<14}{summary():<86} " + ("done before" if done else f"{time.time() - start:6.1f} s"))
 
     def save(self, path: Path, content) -> None:
@@ -801,7 +811,7 @@ def picture(run: Run, rows: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    preset, config, restart = parse(argv)
+    preset, config, restart, dry = parse(argv)
     stopped = (f"\nstopped; the same command{' without --restart-from' * bool(restart)} goes on from the last finished stage in "
                f"{config.out}")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's --max-restarts: what was redone is kept
@@ -809,15 +819,23 @@ def main(argv: list[str]) -> int:
     import ranks
     try:
         check(config)
+        if dry and "WORLD_SIZE" in os.environ:
+            raise ValueError("--dry-run: start it without torchrun, with --gpus for the ranks of one machine")
         if "WORLD_SIZE" not in os.environ:
             n, why = ranks.how_many(config.gpus)
             if why:
                 print(why, flush=True)
+            if dry:
+                from dryrun import dry_run
+                dry_run(Run(config, preset, restart, ranks.Ranks(), dry), plan(config), row_of, n)
+                return 0
             if n > 1:
                 code = ranks.launch(n, [os.path.abspath(__file__), *argv])
-                if code > 128:
+                if code not in (0, 2):
                     print(stopped, flush=True)
                 return code
+        else:
+            ranks.end_with_launcher()
         ranks.exit_on_sigterm()
         me = ranks.init()
         import transformers
@@ -836,11 +854,18 @@ def main(argv: list[str]) -> int:
             print(stopped, flush=True)
         return 130 if isinstance(e, KeyboardInterrupt) else e.code
     except Exception as e:
-        if "No space left" not in str(e):  # of the score cache, teachers.Cache says it
-            raise
-        print(f"error: the disk that holds {config.out} is full; what is finished is kept: make room, and the same command "
-              f"goes on", file=sys.stderr, flush=True)
-        return 2
+        if "No space left" in str(e):  # of the score cache, teachers.Cache says it
+            print(f"error: the disk that holds {config.out} is full; what is finished is kept: make room, and the same command "
+                  f"goes on", file=sys.stderr, flush=True)
+            return 2
+        alone = ranks.LAUNCHED not in os.environ  # else the parent says what ended first, and how to go on
+        if not ranks.is_lost(e):
+            traceback.print_exc()
+        elif alone:
+            print(f"error: another rank has ended, and rank {os.environ['RANK']} cannot go on alone", file=sys.stderr, flush=True)
+        if alone:
+            print(stopped, flush=True)
+        return 1
 
 
 if __name__ == "__main__":
