@@ -222,10 +222,25 @@ class AfterStep:
             raise SystemExit(143) from None
 
 
+def end_with_launcher() -> None:
+    """A rank whose launcher was killed ends too: it runs in a session of its own, which no signal to the launcher reaches."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(128 + signal.SIGKILL)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether this is what a collective raises when another rank has ended."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
 def refuse(error: Exception) -> int:
     """A user's mistake: one sentence, from one rank, and exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # let rank 0 say it: the first rank that ends takes the others with it
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # let rank 0 say it, if it is its error too: the first rank that ends takes the others with it
+    print(f"error: {error}", file=sys.stderr, flush=True)
     return 2

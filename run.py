@@ -4,16 +4,20 @@
     python run.py --preset msmarco --gpus 4                # the paper's run
     torchrun --nnodes 2 --nproc-per-node 4 run.py …        # several machines, a shared --out
 
-Every stage leaves one finished file or none, in `--out`. The same command goes on where it was stopped.
+Every stage leaves one finished file or none, in `--out`. The same command goes on where it was stopped; with
+`--restart-from iter1/train` it makes that stage again, and all that follow.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,9 +101,14 @@ PRESETS = {
 METRICS = ["MRR@10", "nDCG@10", "R@5", "R@100", "R@1000", "Success@5"]
 
 
-def parse(argv: list[str]) -> tuple[str, Config]:
+def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
+    """-> preset, settings, the stage to restart from, and whether this is a dry run."""
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="docs", help="a set of defaults, which the flags override")
+    parser.add_argument("--restart-from", metavar="STAGE", help="make this stage (such as iter1/pointwise) and all that follow "
+                        "again; the teachers' scores are kept")
+    parser.add_argument("--dry-run", action="store_true", default=False, help="print the stages, and the time, disk and memory "
+                        "that they need by small runs of each; nothing is written into --out")
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         paper = f"; paper: {f.metadata['paper']}" if f.metadata["paper"] else ""
@@ -109,9 +118,9 @@ def parse(argv: list[str]) -> tuple[str, Config]:
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                            help=f"{f.metadata['help']} (default: {f.default!r}{'; ' + by_preset if by_preset else ''}{paper})")
     given = vars(parser.parse_args(argv))
-    preset = given.pop("preset")
+    preset, restart, dry = given.pop("preset"), given.pop("restart_from"), given.pop("dry_run")
     config = Config(**{**PRESETS[preset], **given})
-    return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}")
+    return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}"), restart, dry
 
 
 def check(config: Config) -> None:
@@ -129,19 +138,70 @@ def check(config: Config) -> None:
         raise ValueError(f"--kept {config.kept}: more than the --retrieve-k {config.retrieve_k} passages retrieved")
 
 
-def same_run(config: Config, preset: str, out: Path) -> None:
-    """Writes config.json, or compares with the one that is there: a folder holds one run."""
-    path, now = out / "config.json", {"preset": preset, **dataclasses.asdict(config)}
-    if path.exists():
-        before = json.loads(path.read_text())
-        free = ("gpus", "out", "iters", "preset")  # another number of ranks or more iterations continue the same run
-        differ = [f"{k} ({before.get(k)} there, {now.get(k)} now)" for k in {**before, **now}
-                  if k not in free and before.get(k) != now.get(k)]
-        if differ:
-            raise ValueError(f"{out} holds a run with another configuration: {', '.join(differ)}; choose another --out, "
-                             f"or remove the folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(now, indent=1))
+# What a stage makes of what --------------------------------------------------------------------------------------------
+
+# Each stage's result and what else it leaves; the files that it reads; the settings that it reads, beside the seed and the
+# collection. {t} is its iteration, {s} the one before. --gpus, --chunk and --iters are in no row: they change no result.
+STAGES = {
+    "student": ("iter{t}/student iter{t}/checkpoint scratch/student", "",
+                "student architecture dim query_length passage_length expansion markers base_steps base_batch base_lr "
+                "temperature"),
+    "index": ("iter{t}/index", "iter{t}/student", ""),
+    "evaluate": ("iter{t}/metrics.json iter{t}/evaluated.npz", "iter{t}/student iter{t}/index", "split eval_queries eval_k"),
+    "mine": ("iter0/mined.npz", "iter0/student iter0/index", "retrieve_k teacher_batch teacher_steps"),
+    "encoder": ("scratch/teacher", "", "query_length teacher_length encoder_steps base_batch teacher_lr"),
+    "fit-pointwise": ("teachers/pointwise", "iter0/mined.npz scratch/teacher",
+                      "pointwise query_length teacher_steps teacher_batch teacher_lr teacher_length"),
+    "fit-pairwise": ("teachers/pairwise", "iter0/mined.npz scratch/teacher teachers/pointwise",
+                     "pairwise pointwise query_length teacher_steps teacher_batch teacher_lr teacher_length"),
+    "teachers": ("iter{t}/reranked.json", "iter{t}/evaluated.npz teachers/pointwise teachers/pairwise",
+                 "pointwise pairwise orders rerank rerank_pairs"),
+    "retrieve": ("iter{t}/retrieved.npz", "iter{s}/student iter{s}/index", "retrieve_k train_queries"),
+    "pointwise": ("iter{t}/pointwise.npz", "iter{t}/retrieved.npz teachers/pointwise", "pointwise"),
+    "pairwise": ("iter{t}/pairs.npz", "iter{t}/pointwise.npz teachers/pairwise", "pairwise orders kept n_pairs delta"),
+    "train": ("iter{t}/student iter{t}/checkpoint", "iter{t}/pairs.npz iter{s}/student",
+              "steps batch lr warmup temperature tau lambda_kd lambda_pair pair_reduction"),
+}
+
+
+def plan(config: Config) -> list[str]:
+    """The stages in the order in which `iterate` runs them: iter0/student, …"""
+    roles = [role for role in ("pointwise", "pairwise") if is_trained(getattr(config, role))]
+    zero = ["student", "index", "evaluate", *["mine"] * bool(roles),
+            *["encoder"] * ("scratch" in (config.pointwise, config.pairwise)), *(f"fit-{role}" for role in roles),
+            *["teachers"] * bool(config.rerank)]
+    each = ["retrieve", "pointwise", "pairwise", "train", "index", "evaluate", *["teachers"] * bool(config.rerank)]
+    stages = [f"iter{t}/{name}" for t in range(config.iters + 1) for name in (each if t else zero)]
+    return stages[:-1] if config.rerank and config.iters else stages  # nothing is trained on the last student's candidates
+
+
+def row_of(stage: str) -> list[list[str]]:
+    """[what it writes, what it reads, its settings]"""
+    t, name = stage.removeprefix("iter").split("/")
+    return [cell.format(t=t, s=int(t) - 1).split() for cell in STAGES[name]]
+
+
+def digest_of(path: Path) -> str:
+    """Which content this is: of arrays, of a model, or of an index the student whose it is."""
+    from pairdistill import digest
+    if (path / "manifest.json").exists():
+        return json.loads((path / "manifest.json").read_text())["student"]
+    if path.is_dir():
+        return digest(path)
+    h = hashlib.blake2b(digest_size=8)
+    for name, array in np.load(path).items():  # not the file's bytes: they hold the time at which it was written
+        h.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return h.hexdigest()
+
+
+def digest_of_collection(data) -> str:
+    """Of the queries, the judgements, the number of passages and 10,000 of them, evenly spaced: hashing MS MARCO's would
+    cost minutes at each start. A change in another passage goes unnoticed."""
+    some = range(0, len(data.passages), -(-len(data.passages) // 10_000))
+    h = hashlib.blake2b(json.dumps([len(data.passages), data.queries, data.qrels]).encode(), digest_size=8)
+    for n in some:
+        h.update(f"{data.passage_ids[n]}\0{data.passages[n]}\0".encode())
+    return h.hexdigest()
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -156,21 +216,30 @@ def write(path: Path, content: str | dict[str, np.ndarray]) -> None:
     os.replace(beside, path)
 
 
+def discard(path: Path) -> None:
+    """Away at once, as half a folder would pass for a whole one."""
+    if path.exists():
+        beside = path.with_name("removing." + path.name)
+        shutil.rmtree(beside, ignore_errors=True)
+        os.replace(path, beside)
+        shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+
+
 class Run:
     """What every stage needs: the configuration, the rank, the collection, the log."""
 
-    def __init__(self, config: Config, preset: str, ranks):
+    def __init__(self, config: Config, preset: str, restart: str | None, ranks, dry: bool = False):
         from data import load_collection, save_collection
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.started = time.time()
         copy = self.out / "collection"
+        source = lambda: str(copy) if config.data == "docs" and copy.exists() else config.data
         if ranks.first:
-            same_run(config, preset, self.out)
-            if config.data == "docs" and not copy.exists():
+            if config.data == "docs" and not copy.exists() and not dry:
                 save_collection(load_collection("docs"), copy)  # parsed once, for all ranks and for retrieve.py
-            load_collection(str(copy) if copy.exists() else config.data)  # converted once, for all ranks
+            load_collection(source())  # converted once, for all ranks
         ranks.barrier()
-        self.data = load_collection(str(copy) if copy.exists() else config.data)
+        self.data = load_collection(source())
         self.number = self.data.judged_positions()
         if config.split not in self.data.qrels:
             raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
@@ -189,6 +258,71 @@ class Run:
                              f"judged in another split")
         self.positives = {q: [self.number[p] for p, grade in sorted(train.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
                           for q in self.train_ids}
+        if ranks.first:
+            self._begin(preset, restart, dry)
+        ranks.barrier()
+
+    def _begin(self, preset: str, restart: str | None, dry: bool) -> None:
+        """Compares the settings with those of the finished stages, removes what is to be made again, writes config.json."""
+        c, manifest = self.config, self.out / "stages.json"
+        self.collection = digest_of_collection(self.data)
+        self.made = json.loads(manifest.read_text()) if manifest.exists() else {}  # {stage: what it is made of}
+        last = max([c.iters, *(int(stage[4:].split("/")[0]) for stage in self.made)])
+        stages = plan(dataclasses.replace(c, iters=last))
+        if restart and restart not in stages:
+            raise ValueError(f"--restart-from {restart}: the stages are {', '.join(stages)}")
+        self.redone = redone = stages[stages.index(restart):] if restart else []
+        for stage in stages[:len(stages) - len(redone)]:
+            now = self.settings(stage)
+            then = self.made.get(stage, {}).get("settings", now) if self.begun(stage) else now
+            differ = [f"--{k.replace('_', '-')} ({then[k]} there, {now[k]} now)" for k in now if then.get(k, now[k]) != now[k]]
+            if differ:
+                raise ValueError(f"{self.out} holds a run with another configuration: {', '.join(differ)} would change {stage}; "
+                                 f"choose another --out, or add --restart-from {stage} to go on from there")
+        if dry:
+            return
+        for stage in reversed(redone):  # the last one first: what is left is always the beginning of a run
+            for path in row_of(stage)[0]:
+                discard(self.out / path)
+        if c.data != "docs":
+            discard(self.out / "collection")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write(self.out / "config.json", json.dumps({"preset": preset, **dataclasses.asdict(c)}, indent=1))
+
+    def settings(self, stage: str) -> dict:
+        c, names = self.config, row_of(stage)[2]
+        if stage == "iter0/student" and not c.base_steps:
+            names = [n for n in names if n not in ("base_batch", "base_lr", "temperature")]
+        return {"data": f"digest {self.collection}", "seed": c.seed, **{n: getattr(c, n) for n in names}}
+
+    def done(self, stage: str) -> bool:
+        return (self.out / row_of(stage)[0][0]).exists() and stage not in self.redone
+
+    def begun(self, stage: str) -> bool:
+        """Whether its result is there, or a checkpoint on the way to it."""
+        result, *others = row_of(stage)[0]
+        checkpoints = [f"{name}/{which}.safetensors" for name in others for which in ("last", "previous")]
+        return any((self.out / name).exists() for name in (result, *checkpoints))
+
+    def _record(self, stage: str) -> None:
+        """Notes in stages.json what a stage is made of, before it is made; of one that is, compares the files."""
+        (result, *others), reads, names = row_of(stage)
+        specs = {getattr(self.config, n).removeprefix("train:") for n in names if n in ("student", "pointwise", "pairwise")}
+        paths = {name: self.out / name for name in reads} | {s: Path(s) for s in specs - {"scratch"} if Path(s).is_dir()}
+        # A file that was removed to save room is not compared.
+        now = {name: digest_of(path) for name, path in paths.items() if path.exists()}
+        begun = self.begun(stage)
+        then = self.made.get(stage, {}).get("files", now) if begun else {}
+        for name in now:
+            if then.get(name, now[name]) != now[name]:
+                raise ValueError(f"{self.out}/{result} was made from another {name} than the one that is there now: put that one "
+                                 f"back, or add --restart-from {stage} to make it again")
+        entry = dict(settings=self.settings(stage), files={**then, **now})
+        if self.made.get(stage) != entry:
+            for name in () if begun else others:  # what an attempt with other settings left
+                discard(self.out / name)
+            self.made[stage] = entry
+            write(self.out / "stages.json", json.dumps(self.made, indent=1))
 
     def text(self, qids) -> list[str]:
         return [self.data.queries[q] for q in qids]
@@ -198,30 +332,32 @@ class Run:
             with open(self.out / "log.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def stage(self, iteration: int, name: str, path: Path, work, summary=lambda: ""):
-        """Runs `work` unless `path` is there; all ranks wait for the end; one line says what happened."""
+    def stage(self, iteration: int, name: str, work, summary=lambda: ""):
+        """Runs `work` unless its result is there; all ranks wait for the end; one line says what happened."""
         import torch
         from ranks import peak_memory
-        done, start = path.exists(), time.time()
+        stage = f"iter{iteration}/{name}"
+        done, start = (self.out / row_of(stage)[0][0]).exists(), time.time()
+        if self.ranks.first:
+            self._record(stage)
         self.ranks.barrier()  # without it a rank could see the file of a stage that others have yet to enter
         if not done:
             work()
-            peaks = self.ranks.gather(torch.tensor([peak_memory()]))  # all ranks have ended when this returns
-            self.note(stage=name, iteration=iteration, seconds=time.time() - start, peak_gb=round(float(peaks.sum()), 3))
+            peaks = torch.tensor([[peak_memory(), torch.cuda.max_memory_allocated() / 1e9]])
+            gb, gpu_gb = self.ranks.gather(peaks).sum(0).tolist()  # all ranks have ended when this returns
+            self.note(stage=name, iteration=iteration, seconds=time.time() - start, peak_gb=round(gb, 3), gpu_gb=round(gpu_gb, 3))
         self.ranks.say(f"  {name:<14}{summary():<86} " + ("done before" if done else f"{time.time() - start:6.1f} s"))
 
     def save(self, path: Path, content) -> None:
         if self.ranks.first:
             write(path, content)
 
-    def metrics(self, rows: list[dict]) -> None:
-        """Adds rows to metrics.json, in place of those of the same system and iteration."""
-        if not self.ranks.first:
-            return
-        path = self.out / "metrics.json"
-        old = json.loads(path.read_text()) if path.exists() else []
-        new = {(r["system"], r["iteration"]) for r in rows}
-        write(path, json.dumps([r for r in old if (r["system"], r["iteration"]) not in new] + rows, indent=1))
+    def metrics(self) -> list[dict]:
+        """The rows of all iterations so far, which it writes into metrics.json."""
+        paths = [self.out / f"iter{t}" / name for t in range(self.config.iters + 1) for name in ("metrics.json", "reranked.json")]
+        rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
+        self.save(self.out / "metrics.json", json.dumps(rows, indent=1))
+        return rows
 
 
 # Stages -------------------------------------------------------------------------------------------------------------
@@ -330,9 +466,9 @@ def evaluate_student(run: Run, iteration: int, folder: Path) -> None:
     if iteration == 0:
         bm25 = bm25_run(run.data, {q: run.data.queries[q] for q in run.eval_ids}, run.config.eval_k)
         rows.insert(0, dict(system="bm25", iteration=0, **evaluate(bm25, qrels, METRICS)))
-    run.metrics(rows)
     write(folder / "evaluated.npz", dict(scores=scores, positions=positions))
     write(folder / "metrics.json", json.dumps(rows, indent=1))
+    run.metrics()
 
 
 def retrieve(run: Run, iteration: int, previous: Path, folder: Path) -> None:
@@ -446,7 +582,7 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     groups = [g for g in groups if g[2]]
     common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length,
                   passage_length=c.teacher_length, batch=teacher_queries(c))
-    spec, folder, twin = getattr(c, role), run.out / "teachers" / role, run.out / "teachers" / "pointwise"
+    spec, folder, twin = getattr(c, role), run.out / "teachers" / ("writing." + role), run.out / "teachers" / "pointwise"
     start = scratch(run, "teacher") if spec == "scratch" else spec.removeprefix("train:")
     if role == "pointwise":
         history = teachers.train_pointwise(start, groups, folder, negatives=2, **common)
@@ -456,6 +592,8 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     for step, (loss, accuracy) in enumerate(history):
         run.note(teacher=role, step=step, loss=loss, accuracy=accuracy)
     run.note(teacher=role, held_out=held_out_accuracy(run, role, folder, iteration_0))
+    if run.ranks.first:
+        os.replace(folder, folder.with_name(role))
 
 
 def held_out_accuracy(run: Run, role: str, teacher: Path, iteration_0: Path) -> float:
@@ -521,18 +659,18 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
                   for q, row in zip(run.eval_ids, top)}
         if run.ranks.first:
             rows.append(dict(system=system, iteration=iteration, **evaluate(ranked, run.qrels, METRICS)))
-    run.metrics(rows)
     run.save(folder / "reranked.json", json.dumps(rows, indent=1))
+    run.metrics()
 
 
 # The loop -----------------------------------------------------------------------------------------------------------
 
-def iterate(config: Config, preset: str, ranks) -> None:
+def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     """Section 4.3, one call a stage."""
     import torch
     from retrieve import Index
     from teachers import Cache, load_pairwise, load_pointwise
-    run = Run(config, preset, ranks)
+    run = Run(config, preset, restart, ranks)
     folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
     for folder in (*folders, run.out / "teachers") if ranks.first else ():
         folder.mkdir(exist_ok=True)
@@ -546,24 +684,22 @@ def iterate(config: Config, preset: str, ranks) -> None:
         return "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}, nDCG@10 {r['nDCG@10']:.3f}, R@100 {r['R@100']:.3f}" for r in rows)
 
     def index_and_evaluate(t: int) -> None:
-        run.stage(t, "index", folders[t] / "index", lambda: build_index(run, folders[t]),
-                  lambda: Index.load(folders[t] / "index").measured)
-        run.stage(t, "evaluate", folders[t] / "metrics.json", lambda: evaluate_student(run, t, folders[t]), lambda: student_metrics(t))
+        run.stage(t, "index", lambda: build_index(run, folders[t]), lambda: Index.load(folders[t] / "index").measured)
+        run.stage(t, "evaluate", lambda: evaluate_student(run, t, folders[t]), lambda: student_metrics(t))
 
     say("iteration 0")
-    run.stage(0, "student", folders[0] / "student", lambda: iteration_zero(run, folders[0]))
+    run.stage(0, "student", lambda: iteration_zero(run, folders[0]))
     index_and_evaluate(0)
 
     specs = {role: getattr(config, role) for role in ("pointwise", "pairwise")}
     if any(map(is_trained, specs.values())):
-        run.stage(0, "mine", folders[0] / "mined.npz", lambda: mine(run, folders[0]))
+        run.stage(0, "mine", lambda: mine(run, folders[0]))
     if "scratch" in specs.values():
-        run.stage(0, "encoder", run.out / "scratch" / "teacher", lambda: scratch(run, "teacher"))
+        run.stage(0, "encoder", lambda: scratch(run, "teacher"))
     for role, spec in specs.items():
         if is_trained(spec):
             specs[role] = str(run.out / "teachers" / role)
-            run.stage(0, "fit " + role, Path(specs[role]) / "model.safetensors", lambda: train_teacher(run, role, folders[0]),
-                      lambda: teacher_accuracy(run, role))
+            run.stage(0, "fit-" + role, lambda: train_teacher(run, role, folders[0]), lambda: teacher_accuracy(run, role))
     cache = Cache(run.out / "teachers", f"scores{os.environ.get('GROUP_RANK', '0')}")  # torchrun's number of the machine
     show = lambda name: f"  {name}" if ranks.first else None
     pointwise = load_pointwise(specs["pointwise"], device=ranks.device, cache=cache, desc=show("pointwise"))
@@ -576,7 +712,7 @@ def iterate(config: Config, preset: str, ranks) -> None:
 
     def rerank(t: int) -> None:
         path = folders[t] / "reranked.json"
-        run.stage(t, "teachers", path, lambda: rerank_for_table(run, t, pointwise, pairwise, folders[t]),
+        run.stage(t, "teachers", lambda: rerank_for_table(run, t, pointwise, pairwise, folders[t]),
                   lambda: "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}" for r in json.loads(path.read_text())) if ranks.first else "")
         cache.found = cache.asked = 0
 
@@ -587,12 +723,12 @@ def iterate(config: Config, preset: str, ranks) -> None:
         previous, folder = folders[t - 1], folders[t]
         if config.rerank:
             rerank(t - 1)
-        run.stage(t, "retrieve", folder / "retrieved.npz", lambda: retrieve(run, t, previous, folder))
-        run.stage(t, "pointwise", folder / "pointwise.npz", lambda: rerank_pointwise(run, pointwise, folder), from_cache)
-        run.stage(t, "pairwise", folder / "pairs.npz", lambda: compare_pairs(run, t, pairwise, folder),
+        run.stage(t, "retrieve", lambda: retrieve(run, t, previous, folder))
+        run.stage(t, "pointwise", lambda: rerank_pointwise(run, pointwise, folder), from_cache)
+        run.stage(t, "pairwise", lambda: compare_pairs(run, t, pairwise, folder),
                   lambda: "{pairs:,} pairs, {disagreement:.0%} disagree with pointwise, position bias {position_bias:+.3f}; ".format(
                       **pair_summary(folder)) + from_cache())
-        run.stage(t, "train", folder / "student", lambda: distill(run, t, previous, folder))
+        run.stage(t, "train", lambda: distill(run, t, previous, folder))
         index_and_evaluate(t)
     if ranks.first:
         finish(run)
@@ -607,7 +743,7 @@ def title_of(row: dict) -> str:
 
 
 def finish(run: Run) -> None:
-    rows = json.loads((run.out / "metrics.json").read_text())
+    rows = run.metrics()
     names = [m for m in METRICS if m in rows[0]]
     print(f"\n{len(run.eval_ids):,} held-out queries{'':<18}" + "".join(f"{m:>11}" for m in names))
     for r in sorted(rows, key=lambda r: (r["system"] != "bm25", r["iteration"], r["system"] != "student", r["system"] != "pointwise")):
@@ -643,6 +779,7 @@ def picture(run: Run, rows: list[dict]) -> None:
         steps = [r for r in log if r.get("iteration") == t and "step" in r]
         if not steps:
             continue
+        steps = steps[max(n for n, r in enumerate(steps) if r["step"] == 0):]  # as it was last trained
         window = max(1, len(steps) // 20)
         x = start + np.arange(len(steps))[window - 1:]
         for n, (name, label) in enumerate((("cl", "$L_{CL}$"), ("kd", "$L_{KD}$"), ("pair", "$L_{pair}$"))):
@@ -679,20 +816,31 @@ def picture(run: Run, rows: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    preset, config = parse(argv)
-    stopped = f"\nstopped; the same command goes on from the last finished stage in {config.out}"
+    preset, config, restart, dry = parse(argv)
+    stopped = (f"\nstopped; the same command{' without --restart-from' * bool(restart)} goes on from the last finished stage in "
+               f"{config.out}")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's --max-restarts: what was redone is kept
+        restart = None
     import ranks
     try:
         check(config)
+        if dry and "WORLD_SIZE" in os.environ:
+            raise ValueError("--dry-run: start it without torchrun, with --gpus for the ranks of one machine")
         if "WORLD_SIZE" not in os.environ:
             n, why = ranks.how_many(config.gpus)
             if why:
                 print(why, flush=True)
+            if dry:
+                from dryrun import dry_run
+                dry_run(Run(config, preset, restart, ranks.Ranks(), dry), plan(config), row_of, n)
+                return 0
             if n > 1:
                 code = ranks.launch(n, [os.path.abspath(__file__), *argv])
-                if code > 128:
+                if code not in (0, 2):
                     print(stopped, flush=True)
                 return code
+        else:
+            ranks.end_with_launcher()
         ranks.exit_on_sigterm()
         me = ranks.init()
         import transformers
@@ -701,7 +849,7 @@ def main(argv: list[str]) -> int:
         warnings.formatwarning = lambda message, *_: f"  {message}\n"
         if not me.first:
             warnings.simplefilter("ignore")
-        iterate(config, preset, me)
+        iterate(config, preset, restart, me)
         me.close()
         return 0
     except ValueError as e:
@@ -711,11 +859,18 @@ def main(argv: list[str]) -> int:
             print(stopped, flush=True)
         return 130 if isinstance(e, KeyboardInterrupt) else e.code
     except Exception as e:
-        if "No space left" not in str(e):  # of the score cache, teachers.Cache says it
-            raise
-        print(f"error: the disk that holds {config.out} is full; what is finished is kept: make room, and the same command "
-              f"goes on", file=sys.stderr, flush=True)
-        return 2
+        if "No space left" in str(e):  # of the score cache, teachers.Cache says it
+            print(f"error: the disk that holds {config.out} is full; what is finished is kept: make room, and the same command "
+                  f"goes on", file=sys.stderr, flush=True)
+            return 2
+        alone = ranks.LAUNCHED not in os.environ  # else the parent says what ended first, and how to go on
+        if not ranks.is_lost(e):
+            traceback.print_exc()
+        elif alone:
+            print(f"error: another rank has ended, and rank {os.environ['RANK']} cannot go on alone", file=sys.stderr, flush=True)
+        if alone:
+            print(stopped, flush=True)
+        return 1
 
 
 if __name__ == "__main__":

@@ -446,8 +446,8 @@ class Cache:
 
     def add(self, keys: list[bytes], scores: list[float]) -> None:
         rows = [value for row in zip(keys, scores) for value in row]
-        for start in range(0, len(rows), 2000):
-            some = rows[start:start + 2000]
+        for start in range(0, len(rows), 32_000):  # one statement, so one transaction: SQLite takes 32,766 values
+            some = rows[start:start + 32_000]
             self._run(f"INSERT OR REPLACE INTO scores VALUES {','.join(['(?, ?)'] * (len(some) // 2))}", some)
 
 

@@ -3,6 +3,7 @@
 Each is named as the claim it checks. Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for
 before they are imported. What needs the data sets beside the project, or a package that is not required, skips and says so.
 """
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -2177,7 +2179,70 @@ def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path,
     assert "d0" in capsys.readouterr().out
 
     message = refused(capsys, *command, "--lr", "0.5")
-    assert "another configuration" in message and "lr (" in message
+    assert "--lr (0.0006 there, 0.5 now) would change iter1/train; " in message and "--restart-from iter1/train" in message
+
+
+def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and_that_can_be_made_again(tmp_path, capsys):
+    data_folder, out = random_words_folder(tmp_path / "data"), tmp_path / "run"
+    command = ["--data", str(data_folder), "--out", str(out), *TINY, "--rerank", "0"]
+    assert run.main([*command, "--iters", "0"]) == 0
+    student = (out / "iter0" / "student" / "model.safetensors").read_bytes()
+    config = lambda: json.loads((out / "config.json").read_text())
+    assert run.main([*command, "--lr", "1e-4", "--chunk", "32"]) == 0  # no iteration was finished, and chunks change nothing
+    assert (config()["lr"], config()["chunk"], config()["iters"]) == (1e-4, 32, 1)
+    command += ["--lr", "1e-4"]
+    weights = (out / "iter1" / "student" / "model.safetensors").read_bytes()
+    before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
+
+    message = refused(capsys, *command, "--n-pairs", "3", "--lambda-pair", "1")  # the first stage, and its flag
+    assert "--n-pairs (4 there, 3 now) would change iter1/pairwise; " in message and "--restart-from iter1/pairwise" in message
+    assert "would change iter0/student" in refused(capsys, *command, "--query-length", "9", "--restart-from", "iter1/train")
+    assert "iter0/student, iter0/index, " in refused(capsys, *command, "--restart-from", "iter1/pairs")
+    assert sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*")) == before  # a refusal touches nothing
+
+    assert run.main([*command, "--n-pairs", "3", "--restart-from", "iter1/pairwise"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^  pointwise .*done before", printed, re.M) and not re.search(r"^  (pairwise|train) .*done before", printed, re.M)
+    assert " 540 of 540 scores" in printed and np.load(out / "iter1" / "pairs.npz")["pairs"].shape == (90, 3, 2)
+    assert (out / "iter0" / "student" / "model.safetensors").read_bytes() == student
+    assert (out / "iter1" / "student" / "model.safetensors").read_bytes() != weights
+    assert run.main([*command, "--restart-from", "iter1/pairwise"]) == 0  # as it was before
+    assert (out / "iter1" / "student" / "model.safetensors").read_bytes() == weights
+
+    (out / "iter1" / "pairs.npz").unlink()  # made again, it is the same
+    assert run.main(command) == 0
+    pairs = dict(np.load(out / "iter1" / "pairs.npz"))
+    run.write(out / "iter1" / "pairs.npz", {**pairs, "pair_probs": 1 - pairs["pair_probs"]})
+    message = refused(capsys, *command)
+    assert f"{out}/iter1/student was made from another iter1/pairs.npz" in message and "--restart-from iter1/train" in message
+    qrels = data_folder / "qrels" / "train.tsv"
+    qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[:-1]))
+    message = refused(capsys, *command)
+    assert "--data (digest " in message and "--restart-from iter0/student" in message
+
+
+def test_a_dry_run_tells_stages_counts_and_costs_and_writes_nothing(tmp_path, capsys):
+    data_folder, out = random_words_folder(tmp_path / "data"), tmp_path / "run"
+    command = ["--data", str(data_folder), "--out", str(out), *TINY]
+    assert run.main([*command, "--iters", "0", "--rerank", "0"]) == 0
+    before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
+    capsys.readouterr()
+    assert run.main([*command, "--dry-run", "--restart-from", "iter0/fit-pairwise"]) == 0
+    printed = capsys.readouterr().out
+    assert sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*")) == before
+    stages = [line.split()[0] for line in printed.splitlines() if line.startswith("iter")]
+    assert stages == run.plan(run.parse(command)[1]) and stages[0] == "iter0/student" and stages[-1] == "iter1/evaluate"
+    assert re.findall(r"(\S+) .* done before", printed) == stages[:stages.index("iter0/fit-pairwise")]
+    # 90 training queries, 8 passages and 4 pairs of each; 30 held-out queries, 6 passages and 3 pairs in both orders of each
+    assert "720 to the pointwise teacher, 720 to the pairwise one, 360 for the table of both" in printed
+    assert "--steps 20" in printed and "iter1/pairs.npz, iter0/student -> iter1/student" in printed
+    assert re.search(r"\ndisk: [\d.]+ GB more .*\nmemory: [\d.]+ GB .*\ntime: [1-9]\d* s, by two small runs", printed)
+
+
+def test_every_setting_is_one_that_a_stage_reads_or_one_that_changes_no_result():
+    read = {name for _, _, names in run.STAGES.values() for name in names.split()}
+    assert {f.name for f in dataclasses.fields(run.Config)} - read == {"data", "seed", "out", "iters", "gpus", "chunk"}
+    assert not read & {"out", "iters", "gpus", "chunk"}
 
 
 @pytest.mark.filterwarnings("ignore:.*cut at their end")
@@ -2250,17 +2315,15 @@ def start_a_long_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     for line in process.stdout:  # tqdm's bar is rewritten in place, and its lines end with a carriage return
-        if "iteration 0:" in line and "/100000" in line and " 0/100000" not in line:
+        if "iteration 0:" in line and "/100000" in line and "?" not in line:  # which it is before the first step
             break
     return process
 
 
 def no_rank_is_left(process: subprocess.Popen) -> bool:
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    """Each rank is in a session of its own: they are known by the folder that they write into."""
+    out = process.args[process.args.index("--out") + 1]
+    return subprocess.run(["pgrep", "-f", f"run.* --out {out}"], capture_output=True).returncode == 1
 
 
 def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on(tmp_path):
@@ -2309,6 +2372,160 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path, c
         assert run.main(command) == 0
     finally:
         subprocess.run(["umount", "-l", str(disk)])
+
+
+# run.py on the CPU in float32, with a checkpoint every few steps; the words in BREAK are for one rank to fail in a stage.
+ON_RANKS = """
+import os, sys, torch
+sys.path.insert(0, {here!r})
+torch.cpu._is_avx512_bf16_supported = lambda: False  # bfloat16 rounds by batch shape
+os.sched_getaffinity = lambda _: range(2)  # --gpus 2 is two ranks, on one core too
+os.cpu_count = lambda: 1  # a thread for each of several ranks, on one machine or two
+import pairdistill, run, teachers
+pairdistill.fit.__kwdefaults__["checkpoint_every"] = int(os.environ.get("CHECKPOINT_EVERY", 7))
+run.__file__ = __file__  # what the launcher starts
+what = os.environ.get("BREAK") if os.environ.get("RANK") == "1" else None
+if what == "teacher":
+    load = teachers.load_pointwise
+    def broken(*args, **options):
+        teacher = load(*args, **options)
+        teacher.reader.model.classifier.weight.data.fill_(torch.nan)
+        return teacher
+    teachers.load_pointwise = broken
+elif what:
+    def broken(*_):
+        raise KeyError("a defect")
+    setattr(run, what, broken)
+if world := int(os.environ.get("FORK", 0)):  # ranks without a launcher: all is imported once
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification, BertModel
+    os.environ.update(WORLD_SIZE=str(world), MASTER_ADDR="localhost")
+    os.environ["RANK"] = str(next((rank for rank in range(1, world) if os.fork() == 0), 0))
+code = run.main(sys.argv[1:])
+sys.stdout.flush(); sys.stderr.flush()
+os._exit(code)
+"""
+
+
+def on_ranks(tmp_path: Path, *argv: str, torchrun: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+    """Starts run.py, as it is or by torchrun with these options, in a process group of its own."""
+    script = tmp_path / "run_on_ranks.py"
+    script.write_text(ON_RANKS.format(here=str(HERE)))
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    return subprocess.Popen([sys.executable, *launcher, str(script), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment})
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def finished(process: subprocess.Popen, code: int = 0, timeout: int = 600) -> str:
+    """What it printed, when it has ended with this exit code and left no process behind."""
+    output = process.communicate(timeout=timeout)[0]
+    assert process.returncode == code, output
+    assert no_rank_is_left(process)
+    return output
+
+
+def weights_and_metrics(out: Path) -> tuple[dict[str, bytes], list[dict]]:
+    return ({p.parent.parent.name: p.read_bytes() for p in out.glob("iter*/student/model.safetensors")},
+            json.loads((out / "metrics.json").read_text()))
+
+
+def test_any_number_of_ranks_retrieves_asks_and_trains_the_same(tmp_path):
+    """The scratch models have no dropout. Batches, and so the order of sums in float32, differ with the share of a rank:
+    scores agree to 1e-5 and are otherwise the same; passages, their order and pairs are the same."""
+    data_folder, base = random_words_folder(tmp_path / "data"), tmp_path / "base"
+    assert run.main(["--data", str(data_folder), "--out", str(base), *TINY, "--iters", "0", "--rerank", "0"]) == 0
+    command = ["--data", str(data_folder), *TINY, "--rerank", "0", "--base-steps", "0", "--student", str(base / "iter0" / "student"),
+               *(f"--{role}={base}/teachers/{role}" for role in ("pointwise", "pairwise"))]
+    made = []
+    for world in (1, 2, 4):
+        out = tmp_path / f"ranks{world}"
+        finished(on_ranks(tmp_path, *command, "--out", str(out), FORK=str(world), MASTER_PORT=free_port()))
+        stages = {name: dict(np.load(out / "iter1" / f"{name}.npz")) for name in ("retrieved", "pointwise", "pairs")}
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses = np.array([[r[k] for k in ("total", "cl", "kd", "pair")] for r in log if "step" in r])
+        made.append((stages, losses))
+    (one, losses), *others = made
+    assert losses.shape == (20, 4) and (losses > 0).all()
+    for stages, again in others:
+        for name, arrays in one.items():
+            for key, array in arrays.items():
+                if array.dtype == np.float32:
+                    assert np.allclose(array, stages[name][key], rtol=1e-5, atol=1e-5, equal_nan=True), (name, key)
+                else:
+                    assert np.array_equal(array, stages[name][key]), (name, key)
+        assert np.allclose(losses, again, rtol=1e-4, atol=1e-7)
+
+
+KILLS = int(os.environ.get("PAIRDISTILL_KILLS", 0))  # of docs; 0: of a tiny run, and fewer
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_moments_a_run_ends_as_one_that_was_left_alone(tmp_path, ranks):
+    """SIGKILL at moments drawn over the time of all stages: 2 of a tiny run on each number of ranks. In full, 20 of docs:
+
+        PAIRDISTILL_KILLS=20 python -m pytest -q -s -k killed_at_random_moments
+    """
+    flags = [] if KILLS else ["--data", str(random_words_folder(tmp_path / "data")), *TINY]
+    flags += ["--gpus", str(ranks)]
+    environment = {"CHECKPOINT_EVERY": "20"} if KILLS else {}
+    finished(on_ranks(tmp_path, *flags, "--out", str(tmp_path / "calm"), **environment), timeout=3600)
+    stages = [r for line in open(tmp_path / "calm" / "log.jsonl") if "stage" in (r := json.loads(line))]
+    ends = np.cumsum([r["seconds"] for r in stages])
+    out, draw = tmp_path / "killed", np.random.default_rng(ranks)
+    for moment in np.sort(draw.uniform(0, ends[-1], KILLS // 2 or 2)):
+        n = int(np.searchsorted(ends, moment))
+        process = on_ranks(tmp_path, *flags, "--out", str(out), **environment)
+        left = n
+        while left and (line := process.stdout.readline()):  # the stages before it are over
+            left -= bool(re.match(rf"\s*{re.escape(stages[n - left]['stage'])} .*( s|done before)$", line.split("\r")[-1].rstrip()))
+        time.sleep(moment - (ends[n - 1] if n else 0) + (0 if n else 6))  # 6 s: to start
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=20)  # which ends when no rank is left
+        print(f"killed {ranks} ranks in {stages[n]['stage']} of iteration {stages[n]['iteration']}")
+    finished(on_ranks(tmp_path, *flags, "--out", str(out), **environment), timeout=3600)
+    assert weights_and_metrics(out) == weights_and_metrics(tmp_path / "calm")
+
+
+def test_two_agents_of_torchrun_make_one_run_and_when_one_dies_it_is_gone_on_with(tmp_path):
+    command = ["--data", str(random_words_folder(tmp_path / "data")), *TINY, "--rerank", "0"]
+
+    def agents(out: str) -> list[subprocess.Popen]:
+        options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}",
+                   "--rdzv-id=test")
+        return [on_ranks(tmp_path, *command, "--out", str(tmp_path / out), torchrun=options) for _ in range(2)]
+
+    first, second = agents("two")
+    while not (tmp_path / "two" / "config.json").exists() and first.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(second.pid, signal.SIGKILL)
+    start = time.time()
+    output = first.communicate(timeout=60)[0]
+    second.communicate(timeout=20)
+    assert time.time() - start < 30 and first.returncode and no_rank_is_left(first)
+    assert "the same command goes on" in output, output
+
+    pair = agents("two")
+    outputs = [agent.communicate(timeout=120)[0] for agent in pair]
+    assert [agent.returncode for agent in pair] == [0, 0] and no_rank_is_left(pair[0]), outputs
+    finished(on_ranks(tmp_path, *command, "--gpus", "2", "--out", str(tmp_path / "one")))
+    assert weights_and_metrics(tmp_path / "two") == weights_and_metrics(tmp_path / "one")
+
+
+@pytest.mark.parametrize("broken, code, says", [
+    ("teacher", 2, r"error: the teacher pointwise \w+ returned NaN: its weights are damaged"),
+    ("compare_pairs", 1, r"KeyError: 'a defect'[^\0]*the same command goes on")], ids=["a NaN of a teacher", "a defect"])
+def test_what_fails_on_one_rank_ends_all_is_said_once_and_the_run_goes_on(tmp_path, trained_teachers, broken, code, says):
+    command = ["--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, "--rerank", "0",
+               "--base-steps", "10", "--gpus", "2", "--pointwise", trained_teachers[0], "--pairwise", trained_teachers[1]]
+    output = finished(on_ranks(tmp_path, *command, BREAK=broken), code, timeout=60)
+    assert len(re.findall(says, output)) == 1 and output.count("Traceback") == (code == 1)
+    assert "done before" in finished(on_ranks(tmp_path, *command))
 
 
 # README.md ----------------------------------------------------------------------------------------------------------
