@@ -1198,14 +1198,14 @@ def test_cheap_attention_and_dropout_are_what_torch_computes():
 
 def out_of_memory(monkeypatch, times: int, when=lambda student: True) -> list[int]:
     """Encoding runs out of memory so many times; the chunks at which it was tried."""
-    encode, tried = Student.encode_passages, []
+    embed, tried = Student.embed_passages, []
 
-    def encode_passages(student, texts):
+    def embed_passages(student, *tokens):
         tried.append(student.chunk)
         if len(tried) <= times and when(student):
             raise torch.OutOfMemoryError
-        return encode(student, texts)
-    monkeypatch.setattr(Student, "encode_passages", encode_passages)
+        return embed(student, *tokens)
+    monkeypatch.setattr(Student, "embed_passages", embed_passages)
     return tried
 
 
@@ -1320,17 +1320,17 @@ pairdistill.half = lambda device: contextlib.nullcontext()
 from test_pairdistill import TEXTS, examples_of, train_a_little
 me = ranks.init()
 if me.rank == out_of_memory_on:  # in a backward pass: the other rank is done with its own
-    encode = pairdistill.Student.encode_passages
-    def encode_passages(student, texts):
+    embed = pairdistill.Student.embed_passages
+    def embed_passages(student, *tokens):
         def run_out(_):
             raise torch.OutOfMemoryError
-        d, offsets = encode(student, texts)
+        d, offsets = embed(student, *tokens)
         if student.chunk == 64:
             hooks.append(student.linear.weight.register_hook(run_out))
         elif hooks:
             hooks.pop().remove()
         return d, offsets
-    hooks, pairdistill.Student.encode_passages = [], encode_passages
+    hooks, pairdistill.Student.embed_passages = [], embed_passages
 student, terms = train_a_little({encoder!r}, examples_of(), me, steps={steps})
 if me.first:
     torch.save(dict(terms=terms, gradients=[p.grad for p in student.parameters() if p.grad is not None]), {out!r})
