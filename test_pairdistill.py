@@ -2525,7 +2525,7 @@ def test_what_fails_on_one_rank_ends_all_is_said_once_and_the_run_goes_on(tmp_pa
                "--base-steps", "10", "--gpus", "2", "--pointwise", trained_teachers[0], "--pairwise", trained_teachers[1]]
     output = finished(on_ranks(tmp_path, *command, BREAK=broken), code, timeout=60)
     assert len(re.findall(says, output)) == 1 and output.count("Traceback") == (code == 1)
-    assert "done before" in finished(on_ranks(tmp_path, *command))
+    assert "done before" in finished(on_ranks(tmp_path, *command, FORK="2", MASTER_PORT=free_port()))
 
 
 # README.md ----------------------------------------------------------------------------------------------------------
