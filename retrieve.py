@@ -23,7 +23,7 @@ How it is searched. (1) The tokens of each query token's nearest lists are compa
 similar than the centroids of half of these lists. (2) A passage is ranked by its partial MaxSim, where a query token
 that found nothing in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed
 behind its query, passage and query token in one integer, so that one sort does both the grouping and the maximum.
-(3) The best 5 k candidates are decoded whole and scored exactly.
+(3) The best 6 k candidates are decoded whole and scored exactly.
 
 OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
 rank better, so that half as many suffice.
@@ -141,7 +141,7 @@ class Index:
             partial.mkdir(parents=True)
         barrier()  # without it a rank could write into what rank 0 is about to remove
         # The sample trains the quantizers. Its tokens wait in files for their turn: nothing is encoded twice.
-        sample = np.random.default_rng(seed).permutation(len(passages))[:2000 + 24 * math.isqrt(len(passages))]
+        sample = np.random.default_rng(seed).permutation(len(passages))[:3000 + 24 * math.isqrt(len(passages))]
         sample.sort()  # OURS: ColBERT takes 16 sqrt(120 N) passages, for large N seven times as many
         groups = np.split(sample, range(BLOCK, len(sample), BLOCK))
         for g in range(rank, len(groups), world):
@@ -215,7 +215,7 @@ class Index:
         q_mask = q.new_ones(q.shape[:2], dtype=torch.bool) if q_mask is None else q_mask.to(self.device)
         scores = q.new_full((len(q), k), -torch.inf)
         positions = torch.full((len(q), k), -1, device=self.device)
-        C = 5 * k if k < 150 else k + 600  # the deeper, the less it matters who comes last
+        C = 6 * k if k < 150 else k + 750  # the deeper, the less it matters who comes last
         for start in range(0, len(q), QUERIES):
             rows = slice(start, start + QUERIES)
             if exact or 2 * C > len(self) or len(self.lists) < SMALL:
@@ -480,7 +480,7 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
     # OURS: half of ColBERT's number, because it is tokens that are compared, and not their centroids alone.
     K = min(math.ceil(8 * math.sqrt(T * passages_per_sample)), 1 << 16, T)
     order = np.random.default_rng(seed).permutation(T)
-    tables = [_cluster_many(d[torch.from_numpy(order[:64 * K])], K, seed)]
+    tables = [_cluster_many(d[torch.from_numpy(order[:96 * K])], K, seed)]
     # Each kind of table is trained on other tokens, where there are enough: what is left of the tokens that a table was
     # trained on is smaller than what it will leave of others. FAISS is five times slower with less than 2^15 rows.
     n_rows = 1 << 15 if T > 256 else 256

@@ -2565,6 +2565,34 @@ def retrieval_row(collection: str, row: dict) -> str:
 
 def test_the_readmes_retrieval_table_is_what_results_hold():
     readme = (HERE / "README.md").read_text()
-    for name, collection in (("scifact", "SciFact"), ("medquad", "MedQuAD"), ("medquad-100k", "MedQuAD, perturbed")):
+    for name, collection in (("scifact", "SciFact"), ("squad", "SQuAD"), ("medquad", "MedQuAD"),
+                             ("medquad-100k", "MedQuAD, perturbed")):
         for row in json.loads((HERE / "results" / "retrieval" / f"{name}.json").read_text())["rows"]:
             assert retrieval_row(collection, row) in readme
+
+
+def test_the_readmes_prediction_follows_from_the_indexes_measured():
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location("measure", HERE / "results" / "retrieval" / "measure.py")
+    measure = module_from_spec(spec)
+    spec.loader.exec_module(measure)
+    rows = measure.predict(sorted((HERE / "results" / "retrieval").glob("[ms]*.json")))
+    kept = json.loads((HERE / "results" / "retrieval" / "prediction.json").read_text())
+    readme = (HERE / "README.md").read_text()
+    for now, then in zip(rows, kept, strict=True):
+        assert now == then | {k: pytest.approx(then[k]) for k in ("value", "power")}
+        assert f"| {now['cost']} | {now['value']:,.1f} {now['unit']} | {now['power']:.2f} |" in readme
+
+
+def test_the_readmes_other_figures_are_what_results_hold():
+    readme = " ".join((HERE / "README.md").read_text().split())
+    result = lambda name: json.loads((HERE / "results" / name).read_text())
+    apart = max(max(row["queries"], row["passages"]) for row in result("interop/check.json")["rows"])
+    assert f"more than {math.ceil(apart * 1e7) / 10:.1f}e-6 in any number" in readme
+    scale = result("scale/corpus.json")
+    assert scale["passages"] == 8_800_000
+    assert (f"take {scale['first']['opens_s']:.0f} s the first time and {max(r['opens_s'] for r in scale['ranks']):.0f} s after it, "
+            f"with four ranks at once, of {max(r['rss'] for r in scale['ranks']) / 1e3:.2f} GB each".replace("0.", ".")) in readme
+    for row in result("training/pylate.json")["rows"]:
+        share = f"{row['of PyLate' + chr(39) + 's time']:.2f}"
+        assert f"{share.lstrip('0')} of the time of PyLate's" in readme
