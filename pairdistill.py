@@ -531,8 +531,8 @@ def peak_flops(device: torch.device) -> float | None:
         return next((1e12 * peak for key, peak in BFLOAT16_PEAK.items() if key in name and has_bfloat16(device)), None)
     a, least = torch.ones(1024, 1024, dtype=torch.bfloat16 if has_bfloat16(device) else torch.float32), float("inf")
     with torch.no_grad():
-        for _ in range(20):  # the best of many: others may use the processor too
-            start = time.perf_counter()
+        end = time.perf_counter() + 1  # the best of a second: threads take a while to spread over the cores
+        while (start := time.perf_counter()) < end:
             a @ a
             least = min(least, time.perf_counter() - start)
     return 2 * 1024**3 / least
