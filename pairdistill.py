@@ -19,7 +19,6 @@ Q query tokens, T passage tokens (all of them, ragged), E embedding, L a padded 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import string
@@ -522,20 +521,12 @@ BFLOAT16_PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G"
                  "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "4090": 165, "3090": 71}  # dense TFLOP/s, from data sheets
 
 
-@functools.cache
 def peak_flops(device: torch.device) -> float | None:
-    """The most operations a second of this device in the type that training uses; None where it is not known. Of a CPU
-    nobody says it: one product of matrices is timed."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((1e12 * peak for key, peak in BFLOAT16_PEAK.items() if key in name and has_bfloat16(device)), None)
-    a, least = torch.ones(1024, 1024, dtype=torch.bfloat16 if has_bfloat16(device) else torch.float32), float("inf")
-    with torch.no_grad():
-        end = time.perf_counter() + 1  # the best of a second: threads take a while to spread over the cores
-        while (start := time.perf_counter()) < end:
-            a @ a
-            least = min(least, time.perf_counter() - start)
-    return 2 * 1024**3 / least
+    """The most operations a second of this GPU in bfloat16; None where it is not known, as of a CPU."""
+    if device.type != "cuda" or not has_bfloat16(device):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for key, peak in BFLOAT16_PEAK.items() if key in name), None)
 
 
 class Speed:

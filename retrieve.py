@@ -20,7 +20,7 @@ Codes are in corpus order, so that a passage's tokens lie together. All files ar
 opens at once. What lists hold which tokens follows from the codes, and is sorted when a search first needs it.
 
 How it is searched. (1) The tokens of each query token's nearest lists are compared with it; those count that are more
-similar than the centroids of half of these lists. (2) A passage is ranked by its partial MaxSim, where a query token
+similar than the centroids of two thirds of these lists. (2) A passage is ranked by its partial MaxSim, where a query token
 that found nothing in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed
 behind its query, passage and query token in one integer, so that one sort does both the grouping and the maximum.
 (3) The best 6 k candidates are decoded whole and scored exactly.
@@ -278,11 +278,11 @@ class Index:
         probes_X = (SHORT * probes // q_mask.sum(1)[b_X]).clamp(min=probes, max=len(self.centroids) - 1)
         near = (q_XE @ self.centroids.T).topk(int(probes_X.max()) + 1 if len(b_X) else 1)
         # A centroid is the mean of its tokens: the first list that is not visited tells what is missed on average, one
-        # in the middle of those visited what a match is. What is less similar does not count: something between the two
-        # is imputed for it.
-        match_X, missed_X = (near.values.gather(1, rank_X[:, None])[:, 0] for rank_X in (probes_X // 2, probes_X))
+        # of those visited what a match is. What is less similar does not count, and half-way is imputed for it.
+        # (.8: in a list of one token, or of equal ones, they are as similar as their centroid, but for rounding.)
+        match_X, missed_X = (near.values.gather(1, rank_X[:, None])[:, 0] for rank_X in (probes_X // 3, probes_X))
         imputed_X = (missed_X + match_X) / 2
-        margin_X, key_X = (match_X - imputed_X) / 2, b_X * (N * Q) + i_X << GAIN_BITS
+        margin_X, key_X = .8 * (match_X - imputed_X), b_X * (N * Q) + i_X << GAIN_BITS
         visits_XV = torch.arange(near.indices.shape[1], device=q.device) < probes_X[:, None]
         visited_V, order_V = near.indices[visits_XV].sort()
         x_V = visits_XV.nonzero()[:, 0][order_V]
