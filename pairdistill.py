@@ -399,7 +399,8 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
             history.append(sum_gradients(model, terms, ranks))
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            due = checkpoint_folder and (step + 1 < steps) and ((step + 1) % checkpoint_every == 0 or sigterm.came)
+            stop = sigterm.came  # asked once: what comes from here on is for the next step, which leaves a checkpoint
+            due = checkpoint_folder and (step + 1 < steps) and ((step + 1) % checkpoint_every == 0 or stop)
             if step % 10 == 9 or step + 1 == steps or due:  # not at each step: a GPU would wait for the answer
                 _refuse_nan(history, checked, checkpoint_folder, batch_of, ranks)
                 checked = step + 1
@@ -408,7 +409,7 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
                 note(steps=step + 1, **speed.take())
             if due and ranks.first:
                 _save_checkpoint(checkpoint_folder, model, optimizer, history)
-            if sigterm.came and ranks.first:
+            if stop and ranks.first:
                 raise SystemExit(143)  # the others find rank 0 gone at their next sum
     model.eval()
     return torch.stack(history).cpu().tolist() if history else []

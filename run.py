@@ -141,7 +141,8 @@ def check(config: Config) -> None:
 # What a stage makes of what --------------------------------------------------------------------------------------------
 
 # Each stage's result and what else it leaves; the files that it reads; the settings that it reads, beside the seed and the
-# collection. {t} is its iteration, {s} the one before. --gpus, --passage-chunk and --iters are in no row: they change no result.
+# collection. {t} is its iteration, {s} the one before. --gpus, --passage-chunk and --iters are in no row: they change rounding
+# and what dropout draws at most.
 STAGES = {
     "student": ("iter{t}/student iter{t}/checkpoint scratch/student", "",
                 "student architecture dim query_length passage_length expansion markers base_steps base_batch base_lr "

@@ -2188,9 +2188,9 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     assert run.main([*command, "--iters", "0"]) == 0
     student = (out / "iter0" / "student" / "model.safetensors").read_bytes()
     config = lambda: json.loads((out / "config.json").read_text())
-    assert run.main([*command, "--lr", "1e-4", "--chunk", "32"]) == 0  # no iteration was finished, and chunks change nothing
-    assert (config()["lr"], config()["chunk"], config()["iters"]) == (1e-4, 32, 1)
-    command += ["--lr", "1e-4"]
+    command += ["--lr", "1e-4", "--passage-chunk", "32"]  # no iteration was finished, and chunks change rounding alone
+    assert run.main(command) == 0
+    assert (config()["lr"], config()["passage_chunk"], config()["iters"]) == (1e-4, 32, 1)
     weights = (out / "iter1" / "student" / "model.safetensors").read_bytes()
     before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
 
@@ -2241,8 +2241,8 @@ def test_a_dry_run_tells_stages_counts_and_costs_and_writes_nothing(tmp_path, ca
 
 def test_every_setting_is_one_that_a_stage_reads_or_one_that_changes_no_result():
     read = {name for _, _, names in run.STAGES.values() for name in names.split()}
-    assert {f.name for f in dataclasses.fields(run.Config)} - read == {"data", "seed", "out", "iters", "gpus", "chunk"}
-    assert not read & {"out", "iters", "gpus", "chunk"}
+    assert {f.name for f in dataclasses.fields(run.Config)} - read == {"data", "seed", "out", "iters", "gpus", "passage_chunk"}
+    assert not read & {"out", "iters", "gpus", "passage_chunk"}
 
 
 @pytest.mark.filterwarnings("ignore:.*cut at their end")
@@ -2310,10 +2310,8 @@ def start_a_long_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
     """Two ranks whose iteration 0 does not end; returns when it has begun to train."""
     if not (tmp_path / "data").exists():
         random_words_folder(tmp_path / "data")
-    command = [sys.executable, str(HERE / "run.py"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"),
-               "--gpus", "2", *TINY, "--base-steps", "100000", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    process = on_ranks(tmp_path, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--gpus", "2", *TINY,
+                       "--base-steps", "100000", *flags, CHECKPOINT_EVERY="100000")
     for line in process.stdout:  # tqdm's bar is rewritten in place, and its lines end with a carriage return
         if "iteration 0:" in line and "/100000" in line and "?" not in line:  # which it is before the first step
             break
@@ -2350,7 +2348,7 @@ def test_a_scheduler_s_sigterm_leaves_a_checkpoint_that_the_same_command_goes_on
 
 def test_when_one_rank_is_killed_all_end_and_the_signal_is_named(tmp_path):
     process = start_a_long_run(tmp_path)
-    ranks_running = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "run.py"], capture_output=True, text=True).stdout.split()
+    ranks_running = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "on_ranks.py"], capture_output=True, text=True).stdout.split()
     start = time.time()
     os.kill(int(ranks_running[-1]), signal.SIGKILL)
     output = process.communicate(timeout=30)[0]
