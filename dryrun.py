@@ -121,7 +121,8 @@ def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
             spent = t_2 + each * max(n - n_2, 0)
             made = size_of(*(small / p for p in row_of(f"iter{min(int(stage[4:].split('/')[0]), 1)}/{name}")[0]))
             grows = unit in ("passages", "queries", "questions")
-            disk += made * max(n / max(n_2, 1), 1) if grows else 6 * made + made if name in ("student", "train") and n >= 500 else made
+            checkpoints = 6 * made * (name in ("student", "train") and n >= 500)  # two, of weights and two averages
+            disk += made * max(n / max(n_2, 1), 1) if grows else made + checkpoints
             arrays = max(arrays, made * n / max(n_2, 1) if name in ("retrieve", "pointwise", "pairwise") else 0)
             total += spent
             print(f"{line} {spell(spent):>12}  {where or 'the collection'} -> {writes[0]}{' (begun)' * run.begun(stage)}")

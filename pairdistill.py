@@ -429,7 +429,7 @@ def _refuse_nan(history: list, checked: int, folder: Path | None, batch_of, rank
             path.write_text(json.dumps(batch, indent=1))
         held = f", whose queries begin with {batch[0]['query'][:60]!r}; all of them are in {path}"
     raise ValueError(f"the loss of step {step} is {losses[bad[0]].item()}{held}; the same command goes on from the last "
-                     f"checkpoint before it, and a lower learning rate, in another --out, may mend it")
+                     f"checkpoint before it, and a lower learning rate, with --restart-from or in another --out, may mend it")
 
 
 def _save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list) -> None:
