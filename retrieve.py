@@ -493,7 +493,7 @@ def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> No
         rest, other = (x - tables[-1][nearest(x)] for x in (rest, other))
     quantizer = faiss.ProductQuantizer(E, E // CODED, 8)
     quantizer.cp.niter, quantizer.cp.seed, quantizer.cp.min_points_per_centroid = 6, seed + 1, 1
-    quantizer.train(other.numpy())
+    _on_one_thread(quantizer.train, other.numpy())
     codewords = faiss.vector_to_array(quantizer.centroids)
     steps = torch.stack([_step(table) for table in tables])
     whole = [torch.round(table / step) for table, step in zip(tables, steps)]
@@ -519,8 +519,18 @@ def _cluster(rows: Tensor, K: int, niter: int, seed: int) -> Tensor:
     """FAISS's k-means: [K, E], on the grid on which it will be stored."""
     kmeans = faiss.Kmeans(rows.shape[1], K, niter=niter, seed=seed + 1, min_points_per_centroid=1,
                           max_points_per_centroid=128, gpu=faiss.get_num_gpus() > 0)
-    kmeans.train(rows.numpy())
+    _on_one_thread(kmeans.train, rows.numpy())
     return _on_grid(torch.from_numpy(kmeans.centroids))
+
+
+def _on_one_thread(train: Callable, rows: np.ndarray) -> None:
+    """FAISS adds up what its threads did: with another number of them, as ranks have, the last digits would differ."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        train(rows)
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def _cluster_many(rows: Tensor, K: int, seed: int) -> Tensor:
