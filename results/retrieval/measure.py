@@ -2,7 +2,7 @@
 
     python results/retrieval/measure.py --student FOLDER --data SPEC --split test [--sizes 1000 10000 100000]
         [--queries 300] [--plaid PYTHON] --out results/retrieval/NAME.json
-    python results/retrieval/measure.py --predict results/retrieval/[ms]*.json --out results/retrieval/prediction.json
+    python results/retrieval/measure.py --predict results/retrieval/medquad*.json --out results/retrieval/prediction.json
                                                                        # MS MARCO's size, from the growth seen
 
 One row for each size and engine. A size above the collection's is reached by perturbed copies of its passages: each token
