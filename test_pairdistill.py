@@ -2464,7 +2464,7 @@ KILLS = int(os.environ.get("PAIRDISTILL_KILLS", 0))  # of docs; 0: of a tiny run
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_moments_a_run_ends_as_one_that_was_left_alone(tmp_path, ranks):
-    """SIGKILL at moments drawn over the time of all stages: 2 of a tiny run on each number of ranks. In full, 20 of docs:
+    """SIGKILL at moments drawn over the time of all stages: of a tiny run, as many as ranks. In full, 20 of docs:
 
         PAIRDISTILL_KILLS=20 python -m pytest -q -s -k killed_at_random_moments
     """
@@ -2475,7 +2475,7 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_left_alone(tmp_path
     stages = [r for line in open(tmp_path / "calm" / "log.jsonl") if "stage" in (r := json.loads(line))]
     ends = np.cumsum([r["seconds"] for r in stages])
     out, draw = tmp_path / "killed", np.random.default_rng(ranks)
-    for moment in np.sort(draw.uniform(0, ends[-1], KILLS // 2 or 2)):
+    for moment in np.sort(draw.uniform(0, ends[-1], KILLS // 2 or ranks)):
         n = int(np.searchsorted(ends, moment))
         process = on_ranks(tmp_path, *flags, "--out", str(out), **environment)
         left = n
