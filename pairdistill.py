@@ -339,7 +339,7 @@ _Plainly.OURS = {F.scaled_dot_product_attention: _attention, F.dropout: _dropout
 
 
 class _Dropout(torch.autograd.Function):
-    """Dropout with p rounded to 1/256: one random byte an element."""
+    """# OURS: dropout with p rounded to 1/256, by one random byte an element, because torch draws a float for each."""
 
     @staticmethod
     def forward(ctx, x, p):
