@@ -95,7 +95,7 @@ def measure(student: Stored, q: torch.Tensor, mask: torch.Tensor, n: int, ndcg, 
 
     exact, seconds = timed(truth)
     row("exact, not coded", exact, exact, seconds, bytes_per_token=4.0 * q.shape[2])
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         before, student.seconds, start = peak_gb(reset=True), 0.0, time.perf_counter()
         retrieve.Index.build(student, numbers, Path(folder) / "index")
         build = time.perf_counter() - start - student.seconds
@@ -110,7 +110,7 @@ def measure(student: Stored, q: torch.Tensor, mask: torch.Tensor, n: int, ndcg, 
         found, seconds = timed(lambda q, k, mask: index.search(q, k, mask, exact=True))
         row("index, exact=True", found, exact, seconds, tokens=len(index.codes))
     if plaid:
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory() as folder:
             d, offsets = student.encode_passages(numbers)
             np.savez(Path(folder) / "in.npz", d=d.half().numpy(), offsets=offsets.numpy(), q=q.numpy(), mask=mask.numpy())
             subprocess.run([plaid, "-c", PLAID, folder, str(DEPTH), str(ONES)], check=True)
