@@ -39,7 +39,7 @@ from tqdm import tqdm
 import checkpoints
 from checkpoints import cannot_load, digest  # also for those that know them from here
 from maxsim_kernel import pairdistill_objective
-from ranks import AfterStep, Ranks, gather_passages, has_bfloat16, sum_gradients
+from ranks import AfterStep, Ranks, gather_passages, half, has_bfloat16, sum_gradients
 
 PIECE = 2048  # tokens that go through the encoder at once on a CPU: what a layer makes of them stays in its cache
 MARKS, LEVELS = 16, 128  # token types of a teacher's marks, and of each of its two scales
@@ -297,11 +297,6 @@ def automatic_chunk(student: Student) -> int:
         return max(1, int(2e9 / of_passage))
     free = torch.cuda.mem_get_info(student.device)[0] - 3 * 4 * sum(p.numel() for p in student.parameters())
     return max(1, int(free / 2 / of_passage))
-
-
-def half(device: torch.device) -> torch.autocast:
-    """bfloat16 autocast where the hardware has it; elsewhere a context that does nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def plainly(device: torch.device):

@@ -120,6 +120,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
+def half(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where the hardware has it; elsewhere a context that does nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
 def peak_memory() -> float:
     """The most memory that this process has held so far, in GB; 0 where the system does not say (Windows)."""
     try:

@@ -58,7 +58,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maxsim_kernel import maxsim, maxsim_paired
-from ranks import has_bfloat16
+from ranks import half, has_bfloat16
 
 FORMAT = 4
 BLOCK = 1024  # passages that are encoded and written together
@@ -465,7 +465,7 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _encode(student, texts: list[str]) -> tuple[Tensor, Tensor]:
     """texts -> d float16 [T, E], lengths [N]. Float16 halves the sample's files; the codes' error is far larger than
     its own, and than that of an encoder in bfloat16, where the hardware has it (ColBERT's is in float16)."""
-    with torch.autocast(student.device.type, torch.bfloat16, enabled=has_bfloat16(student.device)):
+    with half(student.device):
         d, offsets = student.encode_passages(texts)
     return d.cpu().half(), offsets.cpu().long().diff()
 
