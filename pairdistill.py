@@ -517,12 +517,23 @@ BFLOAT16_PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G"
                  "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "4090": 165, "3090": 71}  # dense TFLOP/s, from data sheets
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The most operations a second of this GPU in bfloat16; None where it is not known, as of a CPU."""
-    if device.type != "cuda" or not has_bfloat16(device):
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for key, peak in BFLOAT16_PEAK.items() if key in name), None)
+def peak_flops(device: torch.device) -> float:
+    """The most operations a second, in bfloat16 where the hardware has it: by a GPU's data sheet, else, as on a CPU, what a
+    product of matrices reaches here and now."""
+    cuda, dtype = device.type == "cuda", torch.bfloat16 if has_bfloat16(device) else torch.float32
+    if cuda and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for key, peak in BFLOAT16_PEAK.items():
+            if key in name:
+                return 1e12 * peak
+    a, times = torch.full((8192 if cuda else 512,) * 2, .5, dtype=dtype, device=device), []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        if cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * len(a)**3 / min(times)
 
 
 class Speed:
@@ -544,7 +555,7 @@ class Speed:
     def rates(self) -> dict:
         seconds = time.perf_counter() - self.since
         return dict(tokens_per_second=round(self.tokens * self.ranks.world / seconds),
-                    share_of_peak=round(self.operations / seconds / self.peak, 3) if self.peak else None)
+                    share_of_peak=round(self.operations / seconds / self.peak, 3))
 
     def take(self) -> dict:
         rates, self.tokens, self.operations, self.since = self.rates(), 0, 0, time.perf_counter()
@@ -552,8 +563,7 @@ class Speed:
 
     def __str__(self) -> str:
         rates = self.rates()
-        share = f" ({rates['share_of_peak']:.0%} of peak)" if self.peak else ""
-        return f", {rates['tokens_per_second']:,} tokens/s{share}"
+        return f", {rates['tokens_per_second']:,} tokens/s ({rates['share_of_peak']:.0%} of peak)"
 
 
 class Batches:

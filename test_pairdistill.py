@@ -1177,6 +1177,21 @@ def test_the_automatic_chunk_follows_the_length_and_the_free_memory(encoder, mon
     assert 1.9 < automatic_chunk(student_of(encoder)) / some < 2.1
 
 
+def test_a_steps_operations_are_those_of_its_products_of_matrices(encoder):
+    from pairdistill import Speed
+    from torch.utils.flop_counter import FlopCounterMode
+    student = student_of(encoder)
+    batches, order = student.tokenize_passages(["the cat sat on the mat"] * 5)  # alike: no padding, which is not counted
+    with FlopCounterMode(display=False) as counter:
+        student.embed_passages(batches, order)[0].sum().backward()
+    speed = Speed(student, Ranks())
+    for _, attended in batches:
+        speed.add(attended.sum(1).numpy())
+    assert speed.operations == pytest.approx(counter.get_total_flops(), rel=.05)  # the first layer's input needs none
+    time.sleep(.01)
+    assert 0 < speed.rates()["share_of_peak"] < 1 and speed.rates()["tokens_per_second"] > 0
+
+
 def test_cheap_attention_and_dropout_are_what_torch_computes():
     from pairdistill import _dropout, plainly
     torch.manual_seed(0)
@@ -2594,3 +2609,9 @@ def test_the_readmes_other_figures_are_what_results_hold():
     for row in result("training/pylate.json")["rows"]:
         share = f"{row['of PyLate' + chr(39) + 's time']:.2f}"
         assert f"{share.lstrip('0')} of the time of PyLate's" in readme
+    log = [json.loads(line) for line in open(HERE / "results" / "docs" / "log.jsonl")]
+    stages = [row for row in log if "stage" in row]
+    assert (f"above, {sum(row['seconds'] for row in stages):.0f} s of stages, in which both ranks together held at most "
+            f"{max(row['peak_gb'] for row in stages):.1f} GB.") in readme
+    students = [row["MRR@10"] for row in result("docs/metrics.json") if run.title_of(row).startswith("student")]
+    assert students == sorted(students) and f"to {students[-1] / students[0]:.2f} times its baseline" in readme

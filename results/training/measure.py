@@ -2,12 +2,14 @@
 
     python results/training/measure.py --student FOLDER --data FOLDER --pylate PYTHON [--precision float32 bfloat16]
         [--rounds 3] --out results/training/pylate.json
+    python results/training/measure.py --student FOLDER --data FOLDER --compile --out results/training/compile.json
 
 Both train for STEPS steps in turn, each in a process of its own that waits while the other works, over the same 32 queries
 with 8 passages each: the labelled one and 7 others, drawn once. Ours computes the whole objective (L_CL, L_KD, L_pair over
 12 pairs), PyLate its Distillation loss (L_KD), through its trainer with default settings. PYTHON is the interpreter of an
 environment in which `pylate` and `datasets` are installed. The precision bfloat16 is autocast in both, and of use only where
-the processor multiplies in it.
+the processor multiplies in it. --compile: beside both, ours with its encoder compiled by torch.compile; "first" are the
+seconds of the first two steps, with the compiling.
 """
 from __future__ import annotations
 
@@ -49,6 +51,8 @@ for line in sys.stdin:
                       ranks=Ranks(), desc="ours", note=lambda **row: said.append(row))
     print(json.dumps({"s": time.perf_counter() - start, **said[-1]}), flush=True)
 """ % BATCH
+
+COMPILED = OURS.replace("said = []", "student.encoder = torch.compile(student.encoder, dynamic=True)\nsaid = []")
 
 PYLATE = """
 import json, sys, tempfile, time
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--student", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--pylate", metavar="PYTHON")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--precision", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help="of a turn (default: 8)")
@@ -111,7 +116,8 @@ def main() -> None:
         for precision in args.precision:
             workers = {name: subprocess.Popen([python, "-c", code, str(data), args.student, precision, str(home)], text=True,
                                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                       for name, python, code in (("ours", sys.executable, OURS), ("PyLate", args.pylate, PYLATE)) if python}
+                       for name, python, code in (("ours", sys.executable, OURS), ("PyLate", args.pylate, PYLATE),
+                                                        ("compiled", args.compile and sys.executable, COMPILED)) if python}
 
             def turn(name: str, steps: int) -> dict:
                 workers[name].stdin.write(f"{steps}\n")
@@ -123,16 +129,15 @@ def main() -> None:
                 print(precision, name, f"{said['s'] / steps:.3f} s a step", said, file=sys.stderr, flush=True)
                 return {**said, "s": said["s"] / steps}
 
-            for name in workers:
-                turn(name, 1)  # a warm-up
+            first = {name: 2 * turn(name, 2)["s"] for name in workers}  # a warm-up
             turns = [{name: turn(name, args.steps) for name in workers} for _ in range(args.rounds)]
             for worker in workers.values():
                 worker.kill()
             row = {"precision": precision, **{name: float(np.median([t[name]["s"] for t in turns])) for name in workers}}
             row["ours, tokens a second"] = int(np.median([t["ours"]["tokens_per_second"] for t in turns]))
-            if args.pylate:
-                row["of PyLate's time"] = float(np.median([t["ours"]["s"] / t["PyLate"]["s"] for t in turns]))
-            results.append({**row, "turns": [{name: round(said["s"], 4) for name, said in t.items()} for t in turns]})
+            for name in [name for name in workers if name != "ours"]:
+                row[f"of {name}'s time"] = float(np.median([t["ours"]["s"] / t[name]["s"] for t in turns]))
+            results.append({**row, "first": first, "turns": [{name: round(said["s"], 4) for name, said in t.items()} for t in turns]})
             print(json.dumps(results[-1]), flush=True)
     versions = {"torch": importlib.metadata.version("torch")}
     if args.pylate:
