@@ -22,7 +22,8 @@ opens at once. What lists hold which tokens follows from the codes, and is sorte
 How it is searched. (1) The tokens of each query token's nearest lists are compared with it; those count that are more
 similar than the centroids of two thirds of these lists. (2) A passage is ranked by its partial MaxSim, where a query token
 that found nothing in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed
-behind its query, passage and query token in one integer, so that one sort does both the grouping and the maximum.
+behind its query, passage and query token in one integer, so that one sort does both the grouping and the maximum. (One
+query alone has too few to gain by a shared decoding: it adds up its products with the tables, in a row a passage.)
 (3) The best 5 k candidates are decoded whole and scored exactly.
 
 OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
