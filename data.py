@@ -508,6 +508,7 @@ def load_ir_datasets(name: str) -> Collection:
     named = next((word for word in name.split("/") if word in ("train", "dev")), "test")
     parts = [(named, name)] + [(subset.split("/")[0], f"{name}/{subset}") for subset in SUBSETS]
     queries: dict[str, str] = {}
+    answers: dict[str, list[str]] = {}
     qrels: dict[str, dict[str, dict[str, int]]] = {}
     try:
         ids, passages = _on_disk(_cache(f"ir_datasets:{name}"), lambda: (
@@ -517,7 +518,9 @@ def load_ir_datasets(name: str) -> Collection:
                 continue
             data = ir_datasets.load(part)
             if data.has_queries():
-                queries |= {query.query_id: query.default_text().strip() for query in data.queries_iter()}
+                found = list(data.queries_iter())
+                queries |= {query.query_id: query.default_text().strip() for query in found}
+                answers |= {query.query_id: list(query.answers) for query in found if getattr(query, "answers", None)}
             if data.has_qrels():
                 judged, rows = {}, list(data.qrels_iter())
                 qrels[split] = judged
@@ -526,7 +529,7 @@ def load_ir_datasets(name: str) -> Collection:
                         judged.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
     except (OSError, RuntimeError) as error:
         raise DataError(f"ir_datasets:{name} could not be downloaded or read: {error}") from None
-    return Collection(name, ids, passages, queries, qrels)
+    return Collection(name, ids, passages, queries, qrels, answers)
 
 
 # Metrics and the BM25 baseline ---------------------------------------------------------------------------------------

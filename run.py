@@ -1,7 +1,8 @@
 """PairDistill in one command: index, retrieve, rerank pointwise, compare pairs, train, repeat (section 4.3).
 
     python run.py --iters 2 --gpus 4                       # `docs`: real text, no network; the CPU where there is no GPU
-    python run.py --preset msmarco --gpus 4                # the paper's run
+    python run.py --preset msmarco --gpus 4                # the paper's run; --help has a command for every row of its tables
+    python run.py --preset evaluate --student S --data D   # a trained student on another collection
     torchrun --nnodes 2 --nproc-per-node 4 run.py …        # several machines, a shared --out
 
 Every stage leaves one finished file or none, in `--out`. The same command goes on where it was stopped; with
@@ -141,7 +142,9 @@ ROWS = {  # of the paper's tables
     "1: LoTTE, search": f"{_EVALUATE} ir_datasets:lotte/pooled/test/search --out runs/lotte-search",
     "1: LoTTE, forum": f"{_EVALUATE} ir_datasets:lotte/pooled/test/forum --out runs/lotte-forum",
     "1, 2: ColBERTv2, as above": "--preset evaluate --data ir_datasets:beir/nfcorpus --out runs/colbertv2-nfcorpus",
-    "2: NQ, TriviaQA, SQuAD": f"{_EVALUATE} my/squad --split dev --passage-length 180 --out runs/squad",
+    "2: NQ": f"{_EVALUATE} ir_datasets:dpr-w100/natural-questions/dev --split dev --passage-length 180 --out runs/nq",
+    "2: TriviaQA": f"{_EVALUATE} ir_datasets:dpr-w100/trivia-qa/dev --split dev --passage-length 180 --out runs/triviaqa",
+    "2: SQuAD, a folder with answers": f"{_EVALUATE} my/squad --split dev --passage-length 180 --out runs/squad",
     "3: without L_pair": "--preset msmarco --lambda-pair 0 --n-pairs 0 --out runs/no-pair",
     "3: without L_KD": "--preset msmarco --lambda-kd 0 --out runs/no-kd",
     "3: without the heuristic": "--preset msmarco --delta 0 --out runs/any-pair",
@@ -317,7 +320,8 @@ class Run:
         self.number = self.data.judged_positions()
         train, qrels = self.data.qrels.get("train", {}), self.data.qrels.get(config.split, {})
         judged = {q for judgements in self.data.qrels.values() for q in judgements}
-        self.eval_ids = list(qrels) or [q for q in self.data.answers if q not in judged]  # the latter: table 2
+        others = [split for split, rows in self.data.qrels.items() if rows and split != "train"]
+        self.eval_ids = list(qrels) or [q for q in self.data.answers if q not in judged and not others]  # the latter: table 2
         if not self.eval_ids:
             raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
         held_out = {*judged, *self.eval_ids}
