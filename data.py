@@ -34,9 +34,10 @@ import re
 import shutil
 import sysconfig
 import tempfile
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +63,17 @@ class Collection:
     passages: Sequence[str]  # [N], the text of passage_ids[n]
     queries: dict[str, str]  # {qid: text}
     qrels: dict[str, dict[str, dict[str, int]]]  # {split: {qid: {passage_id: grade}}}
+    answers: dict[str, list[str]] = field(default_factory=dict)  # {qid: strings, one of which a right passage contains}
+
+    def positions(self, ids: Iterable[str]) -> dict[str, int]:
+        """{passage_id: n} of these ids, as far as there are such passages. (Of all of them it would take gigabytes.)"""
+        ids = set(ids)
+        if not isinstance(self.passage_ids, Ids):
+            return {p: n for n, p in enumerate(self.passage_ids) if p in ids}
+        return {p: n for p, n in zip(ids, self.passage_ids.find(ids).tolist()) if n >= 0}
 
     def judged_positions(self) -> dict[str, int]:
-        """{passage_id: n} of the judged passages that there are. (Of all of them it would take gigabytes.)"""
-        judged = {p for split in self.qrels.values() for grades in split.values() for p in grades}
-        if not isinstance(self.passage_ids, Ids):
-            return {p: n for n, p in enumerate(self.passage_ids) if p in judged}
-        return {p: n for p, n in zip(judged, self.passage_ids.find(judged).tolist()) if n >= 0}
+        return self.positions(p for split in self.qrels.values() for grades in split.values() for p in grades)
 
 
 def load_collection(spec: str) -> Collection:
@@ -348,29 +353,45 @@ def _cache(corpus: Path | str, *version) -> Path:
 def load_beir(folder: Path) -> Collection:
     """Reads corpus.jsonl[.gz], queries.jsonl[.gz] and qrels/SPLIT.tsv (columns query-id, corpus-id, score).
 
-    A passage is title + " " + text, stripped. Without a qrels folder every query is unlabelled. Raises DataError.
+    A passage is title + " " + text, stripped. Without a qrels folder every query is unlabelled. A query may have "answers", a
+    list of strings, in queries.jsonl (there or in its "metadata") or in answers.jsonl[.gz]. Raises DataError.
     """
     if not folder.is_dir():
         raise DataError(f'{folder}: no such folder; data is "docs", "ir_datasets:NAME" or the path of a BEIR folder.')
     path = _jsonl(folder, "corpus")
     cache = _cache(folder.resolve() / "corpus", path.name, path.stat().st_size, path.stat().st_mtime_ns)
     ids, passages = _on_disk(cache, lambda: _records(path))
+    queries, answers = read_queries(_jsonl(folder, "queries"))
+    if any((folder / f"answers.jsonl{gz}").is_file() for gz in ("", ".gz")):
+        for where, key, record in _objects(_jsonl(folder, "answers")):
+            if key not in queries:
+                raise DataError(f"{where}: unknown query {key!r}; add it to queries.jsonl or remove the line.")
+            answers[key] = _answers(where, record)
+    qrels = {path.stem: _read_qrels(path, queries, ids) for path in sorted(folder.glob("qrels/*.tsv"))}
+    return Collection(folder.resolve().name, ids, passages, queries, qrels, answers)
+
+
+def read_queries(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """{qid: text} and {qid: answers, where it has any} of a jsonl file, gzipped or not. Raises DataError."""
     queries: dict[str, str] = {}
-    for where, key, text in _records(_jsonl(folder, "queries")):
+    answers: dict[str, list[str]] = {}
+    for where, key, record in _objects(path):
         if key in queries:
             raise DataError(f'{where}: "_id" {key!r} is on an earlier line too; make ids unique.')
-        queries[key] = text
-    qrels = {path.stem: _read_qrels(path, queries, ids) for path in sorted(folder.glob("qrels/*.tsv"))}
-    return Collection(folder.resolve().name, ids, passages, queries, qrels)
+        queries[key] = _text(where, key, record)
+        if found := _answers(where, record):
+            answers[key] = found
+    return queries, answers
 
 
 def save_collection(collection: Collection, folder: Path) -> None:
     """Writes a BEIR folder that load_beir reads back; the folder appears when it is complete."""
     partial = folder.with_name(folder.name + ".tmp")
     (partial / "qrels").mkdir(parents=True, exist_ok=True)
-    for name, records in (("corpus", zip(collection.passage_ids, collection.passages)),
-                          ("queries", collection.queries.items())):
-        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in records]
+    answers = lambda key: {"answers": collection.answers[key]} if key in collection.answers else {}
+    for name, records in (("corpus", ((key, text, {}) for key, text in zip(collection.passage_ids, collection.passages))),
+                          ("queries", ((key, text, answers(key)) for key, text in collection.queries.items()))):
+        lines = [json.dumps({"_id": key, "text": text, **more}) + "\n" for key, text, more in records]
         (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     for split, judged in collection.qrels.items():
         rows = [f"{qid}\t{passage_id}\t{grade}\n" for qid, grades in judged.items() for passage_id, grade in grades.items()]
@@ -399,8 +420,8 @@ def _jsonl(folder: Path, name: str) -> Path:
     return path
 
 
-def _records(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields ("PATH, line 7", _id, title + " " + text)."""
+def _objects(path: Path) -> Iterator[tuple[str, str, dict]]:
+    """Yields ("PATH, line 7", _id, what the line holds)."""
     where = None
     for where, line in _lines(path):
         try:
@@ -408,17 +429,34 @@ def _records(path: Path) -> Iterator[tuple[str, str, str]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error}); write one JSON object a line.") from None
         if not isinstance(record, dict):
-            raise DataError(f'{where}: a JSON {type(record).__name__}, expected an object with "_id" and "text".')
+            raise DataError(f'{where}: a JSON {type(record).__name__}, expected an object with an "_id".')
         if not isinstance(key := record.get("_id"), (str, int)) or key == "":
             raise DataError(f'{where}: lacks "_id"; give it a string that no other line has.')
-        if not isinstance(text := record.get("text"), str):
-            raise DataError(f'{where}: "_id" {key!r} lacks "text"; give it a string.')
-        text = f"{record.get('title') or ''} {text}".strip()
-        if not text:
-            raise DataError(f'{where}: "_id" {key!r} is empty; remove the line or give it text.')
-        yield where, str(key), text
+        yield where, str(key), record
     if where is None:
         raise DataError(f"{path}: is empty; write one JSON object a line.")
+
+
+def _records(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields ("PATH, line 7", _id, title + " " + text)."""
+    return ((where, key, _text(where, key, record)) for where, key, record in _objects(path))
+
+
+def _text(where: str, key: str, record: dict) -> str:
+    if not isinstance(text := record.get("text"), str):
+        raise DataError(f'{where}: "_id" {key!r} lacks "text"; give it a string.')
+    text = f"{record.get('title') or ''} {text}".strip()
+    if not text:
+        raise DataError(f'{where}: "_id" {key!r} is empty; remove the line or give it text.')
+    return text
+
+
+def _answers(where: str, record: dict) -> list[str]:
+    metadata = record.get("metadata")
+    answers = record.get("answers", metadata.get("answers") if isinstance(metadata, dict) else None) or []
+    if not (isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)):
+        raise DataError(f'{where}: its "answers" are not a list of texts; write ["one way to say it", "another"].')
+    return answers
 
 
 def _read_qrels(path: Path, queries: Mapping[str, str], ids: Ids) -> dict[str, dict[str, int]]:
@@ -470,6 +508,7 @@ def load_ir_datasets(name: str) -> Collection:
     named = next((word for word in name.split("/") if word in ("train", "dev")), "test")
     parts = [(named, name)] + [(subset.split("/")[0], f"{name}/{subset}") for subset in SUBSETS]
     queries: dict[str, str] = {}
+    answers: dict[str, list[str]] = {}
     qrels: dict[str, dict[str, dict[str, int]]] = {}
     try:
         ids, passages = _on_disk(_cache(f"ir_datasets:{name}"), lambda: (
@@ -479,7 +518,9 @@ def load_ir_datasets(name: str) -> Collection:
                 continue
             data = ir_datasets.load(part)
             if data.has_queries():
-                queries |= {query.query_id: query.default_text().strip() for query in data.queries_iter()}
+                found = list(data.queries_iter())
+                queries |= {query.query_id: query.default_text().strip() for query in found}
+                answers |= {query.query_id: list(query.answers) for query in found if getattr(query, "answers", None)}
             if data.has_qrels():
                 judged, rows = {}, list(data.qrels_iter())
                 qrels[split] = judged
@@ -488,7 +529,7 @@ def load_ir_datasets(name: str) -> Collection:
                         judged.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
     except (OSError, RuntimeError) as error:
         raise DataError(f"ir_datasets:{name} could not be downloaded or read: {error}") from None
-    return Collection(name, ids, passages, queries, qrels)
+    return Collection(name, ids, passages, queries, qrels, answers)
 
 
 # Metrics and the BM25 baseline ---------------------------------------------------------------------------------------
@@ -513,6 +554,41 @@ def evaluate(run: Run, qrels: Qrels, metrics: Sequence[str] = METRICS) -> dict[s
     ranked = {qid: _distinct_scores(run[qid]) for qid in qrels if run.get(qid)}
     means = ir_measures.calc_aggregate(list(measures.values()), qrels, ranked)
     return {metric: float(means[measure]) for metric, measure in measures.items()}
+
+
+def answer_metrics(run: Run, collection: Collection, qids: Sequence[str]) -> dict[str, float]:
+    """Table 2: where a passage is right that contains one of the query's answers. "answer R@5" is the share of queries with
+    such a passage among the best five (DPR's and ColBERTv2's Recall@5); beside it MRR@10."""
+    firsts = []
+    for qid in qids:
+        best = list(_distinct_scores(run.get(qid, {})))[:10]
+        where, answers = collection.positions(best), collection.answers[qid]
+        firsts.append(next((n for n, p in enumerate(best, 1) if has_answer(collection.passages[where[p]], answers)), np.inf))
+    return {"MRR@10": float(np.mean(1 / np.array(firsts))), "answer R@5": float(np.mean(np.array(firsts) <= 5))}
+
+
+def has_answer(passage: str, answers: Iterable[str]) -> bool:
+    """Whether the tokens of an answer follow one another in the passage: has_answer of DPR and of ColBERT's
+    utility/evaluate/annotate_EM.py, to which the title belongs too."""
+    text = _answer_tokens(passage)
+    return any(answer.strip() and answer in text for answer in map(_answer_tokens, answers))
+
+
+def _answer_tokens(text: str) -> str:
+    """DPR's SimpleTokenizer on NFD, lower case: a space before, between and after tokens."""
+    return f" {' '.join(unicodedata.normalize('NFD', text).translate(_TOKENS).split())} ".lower()
+
+
+class _Tokens(dict):
+    """For str.translate: letters, numbers and marks run together, another visible character stands alone, others part."""
+
+    def __missing__(self, code: int) -> str:
+        character, kind = chr(code), unicodedata.category(chr(code))[0]
+        self[code] = character if kind in "LNM" else " " if kind in "ZC" else f" {character} "
+        return self[code]
+
+
+_TOKENS = _Tokens()
 
 
 def _distinct_scores(scores: Mapping[str, float]) -> dict[str, float]:

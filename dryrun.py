@@ -46,14 +46,15 @@ def part_of(run, f: int) -> Collection:
     labelled = [q for q in run.train_ids if run.positives[q]]
     train = (labelled + [q for q in run.train_ids if not run.positives[q]])[:f * max(128, c.base_batch, c.batch)]
     qrels = {"train": {q: {data.passage_ids[p]: 1 for p in run.positives[q]} for q in train if run.positives[q]},
-             c.split: {q: {p: g for p, g in run.qrels[q].items() if p in number} for q in run.eval_ids[:32 * f]}}
+             c.split: {q: {p: g for p, g in run.qrels.get(q, {}).items() if p in number} for q in run.eval_ids[:32 * f]}}
     rows = {number[p]: 0 for judged in qrels.values() for grades in judged.values() for p in grades}
     wanted = min(f * 500, len(data.passages))
     for n in range(0, len(data.passages), max(1, len(data.passages) // wanted)):
         if len(rows) < wanted and data.passages[n].strip():
             rows.setdefault(n)
     queries = {q: data.queries[q] for q in [*train, *qrels[c.split]]}
-    return Collection("part", [data.passage_ids[n] for n in sorted(rows)], [data.passages[n] for n in sorted(rows)], queries, qrels)
+    return Collection("part", [data.passage_ids[n] for n in sorted(rows)], [data.passages[n] for n in sorted(rows)], queries, qrels,
+                      {q: data.answers[q] for q in queries if q in data.answers})
 
 
 def small_run(run, folder: Path, f: int) -> tuple[dict, dict, dict]:
@@ -66,11 +67,12 @@ def small_run(run, folder: Path, f: int) -> tuple[dict, dict, dict]:
         made.update(student=str(run.out / "iter0" / "student"), base_steps=0)
     at_most = dict(base_steps=6 * f, encoder_steps=6 * f, teacher_steps=6 * f, steps=6 * f, rerank=20, rerank_pairs=4)
     at_most = {k: min(n, getattr(c, k)) for k, n in at_most.items()}
-    small = dataclasses.replace(c, data=str(folder / "data"), out=str(folder / "run"), iters=1, eval_queries=0,
-                                train_queries=min(f * c.batch, c.train_queries or len(run.train_ids)), **at_most | made)
+    small = dataclasses.replace(c, data=str(folder / "data"), out=str(folder / "run"), iters=min(c.iters, 1), eval_queries=0,
+                                queries="", train_queries=min(f * c.batch, c.train_queries or len(run.train_ids)), **at_most | made)
     flags = [("--" if value is not False else "--no-") + name.replace("_", "-") + ("" if isinstance(value, bool) else f"={value}")
-             for name, value in dataclasses.asdict(small).items()]
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("run.py")), *flags], capture_output=True, text=True)
+             for name, value in dataclasses.asdict(small).items() if value is not None]
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "--preset=msmarco", *flags]  # which sets nothing else
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"--dry-run: a small run to measure with ended with {done.returncode}: "
                          f"{done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")

@@ -93,19 +93,18 @@ class Student(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path: str, architecture: str = "colbert", dim: int | None = 128,
                         query_length: int | None = None, passage_length: int | None = None,
-                        query_expansion: bool | None = None, markers: bool = True, seed: int = 0) -> "Student":
+                        query_expansion: bool | None = None, markers: bool | None = None, seed: int = 0) -> "Student":
         """A student that save_pretrained, colbert-ai, PyLate or sentence-transformers wrote (checkpoints.py), or a plain
         encoder to start from, with a new orthogonal projection to `dim`, drawn by `seed` (`dim=None`: none).
 
-        query_length, passage_length (tokens, all included) and query_expansion override the folder's own; None leaves
-        them, or is 32, 180 and True where it has none. Its projection and markers, and architecture in a folder of
-        save_pretrained, cannot be overridden. Raises ValueError in one sentence where something is missing or different.
+        query_length, passage_length (tokens, all included), query_expansion and markers override the folder's own; None leaves
+        them, or is 32, 180, True and True where it has none. Its projection, and architecture in a folder of save_pretrained,
+        cannot be overridden. Raises ValueError in one sentence where something is missing or different.
         """
         encoder, tokenizer = checkpoints.load_encoder(name_or_path)
         found, weight = checkpoints.read(name_or_path, architecture, tokenizer)
-        given = dict(query_length=query_length, passage_length=passage_length, query_expansion=query_expansion)
-        settings = dict(architecture=architecture, dim=dim, markers=markers,
-                        base_model=None if os.path.isdir(name_or_path) else name_or_path)
+        given = dict(query_length=query_length, passage_length=passage_length, query_expansion=query_expansion, markers=markers)
+        settings = dict(architecture=architecture, dim=dim, base_model=None if os.path.isdir(name_or_path) else name_or_path)
         settings |= found | {k: v for k, v in given.items() if v is not None}
         if weight is not None and weight.shape[1] != encoder.config.hidden_size:
             raise ValueError(f"the projection in {name_or_path} takes {weight.shape[1]} dimensions and its encoder gives "
@@ -584,11 +583,13 @@ class Batches:
 
 def train(student: Student, queries: list[str], passages, examples: dict[str, np.ndarray], *, steps: int, batch: int,
           lr: float, warmup: int, temperature: float, tau: float, lambda_kd: float, lambda_pair: float, pair_reduction: str, seed: int,
-          ranks: Ranks, desc: str, checkpoint_folder: Path | None = None, note=lambda **row: None) -> list[list[float]]:
+          ranks: Ranks, desc: str, negatives: int = 0, checkpoint_folder: Path | None = None,
+          note=lambda **row: None) -> list[list[float]]:
     """Trains `student` in place on one iteration's examples; returns [total, L_CL, L_KD, L_pair] of every step.
 
     queries: the text of each row. passages: the corpus. temperature divides the student's scores in every loss (the
-    authors' code has it, at 1), tau the pointwise teacher's. examples: the rows, as arrays:
+    authors' code has it, at 1), tau the pointwise teacher's. negatives: so many queries of a batch, or a few more, have one
+    another's passages as L_CL's negatives; 0: all of them. examples: the rows, as arrays:
         passages int [n, K], corpus positions          teacher float [n, K], pointwise scores of them
         pairs int [n, P, 2], positions in the row      pair_probs float [n, P], P(d_i > d_j | q)
         positive int [n], position of the labelled passage in the row, -1 where there is none
@@ -605,8 +606,8 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
         texts = [passages[p] for p in examples["passages"][mine].reshape(-1)]
         return dict(queries=student.tokenize_queries([queries[r] for r in mine]), passages=student.tokenize_passages(texts),
                     own=[torch.from_numpy(examples[k][mine]) for k in ("teacher", "pairs", "pair_probs", "positive")],
-                    counts=dict(first_query=share.start, n_queries=len(rows),
-                                n_labelled=int((examples["positive"][rows] >= 0).sum()),
+                    first=share.start,
+                    counts=dict(n_queries=len(rows), n_labelled=int((examples["positive"][rows] >= 0).sum()),
                                 n_pairs=int((examples["pairs"][rows, :, 0] >= 0).sum())))
 
     def batch_terms(step: dict) -> torch.Tensor:
@@ -617,10 +618,20 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
         if in_batch:
             d, offsets = gather_passages(d, offsets, ranks)
         own = [_send(x, q.device) for x in step["own"]]
-        losses = pairdistill_objective(q / temperature, d, offsets, *own, q_mask, in_batch=in_batch, tau=tau,
-                                       lambda_kd=lambda_kd, lambda_pair=lambda_pair, pair_reduction=pair_reduction,
-                                       **step["counts"])
-        return torch.stack(list(losses))
+        objective = lambda rows, d, offsets, first: torch.stack(list(pairdistill_objective(
+            q[rows] / temperature, d, offsets, *(x[rows] for x in own), q_mask[rows], in_batch=in_batch, tau=tau,
+            lambda_kd=lambda_kd, lambda_pair=lambda_pair, pair_reduction=pair_reduction, **step["counts"], first_query=first)))
+        if not (in_batch and negatives):
+            return objective(slice(None), d, offsets, step["first"])
+        # A group may lie on two ranks: the result does not depend on their number.
+        n, first, K, total = step["counts"]["n_queries"], step["first"], own[0].shape[1], 0
+        for g in range(groups := max(1, n // negatives)):
+            start, end = n * g // groups, n * (g + 1) // groups
+            a, b = max(start, first), min(end, first + len(q))
+            if a < b:
+                bounds = offsets[start * K:end * K + 1]
+                total = total + objective(slice(a - first, b - first), d[bounds[0]:bounds[-1]], bounds - bounds[0], a - start)
+        return total
 
     def batch_of(step: int) -> list[dict]:
         return [dict(query=queries[r], passages=[passages[p] for p in examples["passages"][r]],

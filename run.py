@@ -1,7 +1,8 @@
 """PairDistill in one command: index, retrieve, rerank pointwise, compare pairs, train, repeat (section 4.3).
 
     python run.py --iters 2 --gpus 4                       # `docs`: real text, no network; the CPU where there is no GPU
-    python run.py --preset msmarco --gpus 4                # the paper's run
+    python run.py --preset msmarco --gpus 4                # the paper's run; --help has a command for every row of its tables
+    python run.py --preset evaluate --student S --data D   # a trained student on another collection
     torchrun --nnodes 2 --nproc-per-node 4 run.py …        # several machines, a shared --out
 
 Every stage leaves one finished file or none, in `--out`. The same command goes on where it was stopped; with
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data import METRICS, answer_metrics, bm25_run, evaluate, load_collection, read_queries, save_collection
+
 
 # Configuration ------------------------------------------------------------------------------------------------------
 
@@ -45,10 +48,13 @@ class Config:
                           "ColBERTv2")
     architecture: str = option("colbert", "colbert or dpr", "both, table 3")
     dim: int = option(128, "of a projected vector; 0: the encoder's own width, no projection", "128")
-    query_length: int = option(32, "tokens", "32")
-    passage_length: int = option(180, "tokens", "180")
-    expansion: bool = option(True, "fill queries up with [MASK]s that score", "yes")
-    markers: bool = option(True, "ColBERT's query and passage markers", "yes")
+    query_length: int | None = option(None, "tokens; without this flag, and the next three, as the student's folder has it; "
+                                      "for a plain encoder 32, 180, yes and yes. ArguAna's queries: 300, Climate-FEVER's: 64", "32")
+    passage_length: int | None = option(None, "tokens", "180")
+    expansion: bool | None = option(None, "fill queries up with [MASK]s that score", "yes")
+    markers: bool | None = option(None, "ColBERT's query and passage markers", "yes")
+    start: str = option("", "what iteration 1 trains, with --architecture and --dim, on what --student retrieved; empty: --student",
+                        "bert-base-uncased, table 3")
     base_steps: int = option(0, "steps of iteration 0: L_CL alone, for a student that cannot retrieve yet", "0")
     base_batch: int = option(64, "queries of such a step, each with its labelled passage")
     base_lr: float = option(1e-3, "its learning rate")
@@ -64,11 +70,17 @@ class Config:
     teacher_length: int = option(180, "tokens of a passage that such a teacher reads")
     retrieve_k: int = option(100, "passages retrieved for a training query", "100")
     train_queries: int = option(0, "training queries of an iteration, drawn anew in each; 0: all", "all 800K")
+    queries: str = option("", "a jsonl file of _id and text, such as generated ones: the training queries, in place of the "
+                          "collection's; they have no labels", "table 4")
+    labels: bool = option(True, "use the judgements of training queries; --no-labels leaves L_ZS: no L_CL", "no in table 4")
     kept: int = option(64, "passages of a query that are trained on, the best by the pointwise teacher", "64")
     n_pairs: int = option(50, "pairs of a query", "50")
     delta: int = option(10, "pairs are closer than this in the pointwise order; 0: any pair", "10")
     steps: int = option(100_000, "training steps of an iteration", "100,000")
     batch: int = option(32, "queries of a step, over all ranks", "32")
+    positive: str = option("label", "of L_CL: label; teacher: the best passage by the pointwise teacher, of every query",
+                           "authors' code: teacher")
+    negatives: int = option(0, "queries of a step that have one another's passages as L_CL's negatives; 0: all", "authors' code: 4")
     passage_chunk: int = option(0, "passages whose activations are held at once in training; 0: what fits into half of the "
                                 "GPU's free memory, or into 2 GB of a CPU's, halved once if it runs out")
     lr: float = option(1e-5, "learning rate of AdamW, with linear warm-up and decay", "1e-5")
@@ -97,14 +109,70 @@ PRESETS = {
                     pairwise="castorini/duot5-base-msmarco", markers=False, expansion=False, query_length=64,
                     retrieve_k=50, steps=200, batch=16, lr=2e-5, warmup=20, **SMALL),
     "msmarco": dict(split="dev"),
+    "dpr": dict(split="dev", architecture="dpr", dim=0, start="bert-base-uncased"),  # the authors' configuration has this encoder
+    # Of table 4 the paper gives the teachers alone; the rest is the run on FiQA in the history of the authors' code.
+    "zeroshot": dict(pointwise="google/flan-t5-xl", pairwise="google/flan-t5-xl", labels=False, iters=1, passage_length=300,
+                     steps=4000, batch=16, warmup=400),
+    "evaluate": dict(iters=0, rerank=0, passage_length=300),  # appendix B.3: BEIR and LoTTE
 }
-METRICS = ["MRR@10", "nDCG@10", "R@5", "R@100", "R@1000", "Success@5"]
+QUERY_LENGTHS = {"arguana": 300, "climate-fever": 64}  # appendix B.3, where no flag and no preset says another
+
+# What the authors' code did where the paper says something else, or nothing: in every preset, and then in one.
+AS_PUBLISHED = {
+    "": dict(delta=6,  # pairs have j in range(i + 1, i + 6)
+             orders="one",  # the better-ranked passage first
+             positive="teacher",  # passage 0 of a line is the teacher's best, and L_CL is taken of lines without a label too
+             negatives=4),  # those of a GPU's micro-batch: 32 queries / 4 GPUs / 2 micro-batches
+    "msmarco": dict(n_pairs=8,  # counted in their notebook
+                    steps=30_000, batch=8),  # all 4 ranks read the same rows, so 32 queries a step are 8
+    "zeroshot": dict(delta=8,  # range(i + 1, i + 8) with Flan-T5
+                     temperature=5.0, batch=4, negatives=2),  # as above, of 16
+    "dpr": dict(lambda_pair=1.0, lr=3e-5, warmup=10_000, batch=36, negatives=0),  # 6 on each of 6 GPUs, one another's negatives
+}
+
+_EVALUATE = "--preset evaluate --student runs/msmarco/iter2/student --data"
+ROWS = {  # of the paper's tables
+    "1: MS MARCO dev": "--preset msmarco",
+    "1: TREC DL 2019": f"{_EVALUATE} ir_datasets:msmarco-passage --split trec-dl-2019 --passage-length 180 --out runs/dl2019",
+    "1: TREC DL 2020": f"{_EVALUATE} ir_datasets:msmarco-passage --split trec-dl-2020 --passage-length 180 --out runs/dl2020",
+    "1: BEIR, such as NFCorpus": f"{_EVALUATE} ir_datasets:beir/nfcorpus --out runs/nfcorpus",
+    "1: ArguAna": f"{_EVALUATE} ir_datasets:beir/arguana --out runs/arguana",
+    "1: Climate-FEVER": f"{_EVALUATE} ir_datasets:beir/climate-fever --out runs/climate-fever",
+    "1: BEIR, a folder": f"{_EVALUATE} my/bioasq --out runs/bioasq",
+    "1: LoTTE, search": f"{_EVALUATE} ir_datasets:lotte/pooled/test/search --out runs/lotte-search",
+    "1: LoTTE, forum": f"{_EVALUATE} ir_datasets:lotte/pooled/test/forum --out runs/lotte-forum",
+    "1, 2: ColBERTv2, as above": "--preset evaluate --data ir_datasets:beir/nfcorpus --out runs/colbertv2-nfcorpus",
+    "2: NQ": f"{_EVALUATE} ir_datasets:dpr-w100/natural-questions/dev --split dev --passage-length 180 --out runs/nq",
+    "2: TriviaQA": f"{_EVALUATE} ir_datasets:dpr-w100/trivia-qa/dev --split dev --passage-length 180 --out runs/triviaqa",
+    "2: SQuAD, a folder with answers": f"{_EVALUATE} my/squad --split dev --passage-length 180 --out runs/squad",
+    "3: without L_pair": "--preset msmarco --lambda-pair 0 --n-pairs 0 --out runs/no-pair",
+    "3: without L_KD": "--preset msmarco --lambda-kd 0 --out runs/no-kd",
+    "3: without the heuristic": "--preset msmarco --delta 0 --out runs/any-pair",
+    "3: from bert-base-uncased": "--preset msmarco --start bert-base-uncased --out runs/bert",
+    "3: DPR": "--preset dpr --lambda-kd 0 --lambda-pair 0 --n-pairs 0 --out runs/dpr-cl",
+    "3: DPR + L_KD": "--preset dpr --lambda-pair 0 --n-pairs 0 --out runs/dpr-kd",
+    "3: DPR + L_KD + L_pair": "--preset dpr",
+    "3: iterations 1 to 3": "--preset msmarco --iters 3",
+    "4: L_KD only, such as FiQA": "--preset zeroshot --data ir_datasets:beir/fiqa --lambda-pair 0 --n-pairs 0 --out runs/fiqa-kd",
+    "4: + L_pair": "--preset zeroshot --data ir_datasets:beir/fiqa --out runs/fiqa",
+    "4: with queries from a file": "--preset zeroshot --data ir_datasets:beir/climate-fever --queries my/queries.jsonl",
+    "5: ColBERTv2, MiniLM, duoT5": "--preset msmarco --iters 0 --out runs/rerankers",
+    "5: MonoT5": "--preset msmarco --iters 0 --pointwise castorini/monot5-3b-msmarco --out runs/monot5",
+    "6: lambda_pair 1": "--preset msmarco --lambda-pair 1 --out runs/pair1",
+    "6: lambda_pair 3": "--preset msmarco",
+    "7: its values are the defaults": "--preset msmarco",
+    "as the authors' code did it": "--preset msmarco --as-published --out runs/as-published",
+}
 
 
 def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
     """-> preset, settings, the stage to restart from, and whether this is a dry run."""
-    parser = argparse.ArgumentParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = "\n".join(f"  {row:<34}{flags}" for row, flags in ROWS.items())
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=f"the paper's tables, row by row: python run.py …\n{rows}")
     parser.add_argument("--preset", choices=PRESETS, default="docs", help="a set of defaults, which the flags override")
+    parser.add_argument("--as-published", action="store_true", default=False, help="what the authors' code did where the paper "
+                        "says something else or nothing (AS_PUBLISHED in run.py); flags override it")
     parser.add_argument("--restart-from", metavar="STAGE", help="make this stage (such as iter1/pointwise) and all that follow "
                         "again; the teachers' scores are kept")
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the stages, and the time, disk and memory "
@@ -113,27 +181,35 @@ def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         paper = f"; paper: {f.metadata['paper']}" if f.metadata["paper"] else ""
         by_preset = ", ".join(f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p)
-        kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else
-                dict(type={"int": int, "float": float, "str": str}[f.type], metavar=f.type.upper()))
+        type_ = f.type.removesuffix(" | None")
+        kind = (dict(action=argparse.BooleanOptionalAction) if type_ == "bool" else
+                dict(type={"int": int, "float": float, "str": str}[type_], metavar=type_.upper()))
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                            help=f"{f.metadata['help']} (default: {f.default!r}{'; ' + by_preset if by_preset else ''}{paper})")
     given = vars(parser.parse_args(argv))
     preset, restart, dry = given.pop("preset"), given.pop("restart_from"), given.pop("dry_run")
-    config = Config(**{**PRESETS[preset], **given})
-    return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}"), restart, dry
+    published = {**AS_PUBLISHED[""], **AS_PUBLISHED.get(preset, {})} if given.pop("as_published") else {}
+    config = Config(**{**PRESETS[preset], **published, **given})
+    by_name = next((length for name, length in QUERY_LENGTHS.items() if name in config.data.lower()), None)
+    return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}",
+                                       query_length=config.query_length or by_name), restart, dry
 
 
 def check(config: Config) -> None:
     """What can be seen to be wrong before anything is loaded."""
-    choices = dict(architecture=("colbert", "dpr"), orders=("both", "one"), pair_reduction=("mean", "sum"))
+    choices = dict(architecture=("colbert", "dpr"), orders=("both", "one"), pair_reduction=("mean", "sum"),
+                   positive=("label", "teacher"))
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: it is {' or '.join(allowed)}")
     for f in dataclasses.fields(Config):
         zero = f.name in ("seed", "eval_queries", "dim", "base_steps", "train_queries", "delta", "passage_chunk", "warmup", "lambda_kd", "lambda_pair",
-                          "rerank", "rerank_pairs", "n_pairs", "iters")
-        if f.type in ("int", "float") and not getattr(config, f.name) >= (0 if zero else 1e-12):
-            raise ValueError(f"--{f.name.replace('_', '-')} {getattr(config, f.name)}: it is {'0 or more' if zero else 'more than 0'}")
+                          "rerank", "rerank_pairs", "n_pairs", "iters", "negatives")
+        value = getattr(config, f.name)
+        if f.type.startswith(("int", "float")) and value is not None and not value >= (0 if zero else 1e-12):
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: it is {'0 or more' if zero else 'more than 0'}")
+    if config.negatives == 1:
+        raise ValueError("--negatives 1: a query alone has no negatives; it is 0, for the whole batch, or 2 or more")
     if config.kept > config.retrieve_k:
         raise ValueError(f"--kept {config.kept}: more than the --retrieve-k {config.retrieve_k} passages retrieved")
 
@@ -145,12 +221,12 @@ def check(config: Config) -> None:
 # and what dropout draws at most.
 STAGES = {
     "student": ("iter{t}/student iter{t}/checkpoint scratch/student", "",
-                "student architecture dim query_length passage_length expansion markers base_steps base_batch base_lr "
+                "student architecture dim query_length passage_length expansion markers labels base_steps base_batch base_lr "
                 "temperature"),
     "index": ("iter{t}/index", "iter{t}/student", ""),
     "evaluate": ("iter{t}/metrics.json iter{t}/evaluated.npz", "iter{t}/student iter{t}/index", "split eval_queries eval_k"),
-    "mine": ("iter0/mined.npz", "iter0/student iter0/index", "retrieve_k teacher_batch teacher_steps"),
-    "encoder": ("scratch/teacher", "", "query_length teacher_length encoder_steps base_batch teacher_lr"),
+    "mine": ("iter0/mined.npz", "iter0/student iter0/index", "labels retrieve_k teacher_batch teacher_steps"),
+    "encoder": ("scratch/teacher", "", "labels query_length teacher_length encoder_steps base_batch teacher_lr"),
     "fit-pointwise": ("teachers/pointwise", "iter0/mined.npz scratch/teacher",
                       "pointwise query_length teacher_steps teacher_batch teacher_lr teacher_length"),
     "fit-pairwise": ("teachers/pairwise", "iter0/mined.npz scratch/teacher teachers/pointwise",
@@ -158,10 +234,10 @@ STAGES = {
     "teachers": ("iter{t}/reranked.json", "iter{t}/evaluated.npz teachers/pointwise teachers/pairwise",
                  "pointwise pairwise orders rerank rerank_pairs"),
     "retrieve": ("iter{t}/retrieved.npz", "iter{s}/student iter{s}/index", "retrieve_k train_queries"),
-    "pointwise": ("iter{t}/pointwise.npz", "iter{t}/retrieved.npz teachers/pointwise", "pointwise"),
-    "pairwise": ("iter{t}/pairs.npz", "iter{t}/pointwise.npz teachers/pairwise", "pairwise orders kept n_pairs delta"),
+    "pointwise": ("iter{t}/pointwise.npz", "iter{t}/retrieved.npz teachers/pointwise", "pointwise labels positive"),
+    "pairwise": ("iter{t}/pairs.npz", "iter{t}/pointwise.npz teachers/pairwise", "pairwise orders labels positive kept n_pairs delta"),
     "train": ("iter{t}/student iter{t}/checkpoint", "iter{t}/pairs.npz iter{s}/student",
-              "steps batch lr warmup temperature tau lambda_kd lambda_pair pair_reduction"),
+              "start architecture dim steps batch negatives lr warmup temperature tau lambda_kd lambda_pair pair_reduction"),
 }
 
 
@@ -196,10 +272,11 @@ def digest_of(path: Path) -> str:
 
 
 def digest_of_collection(data) -> str:
-    """Of the queries, the judgements, the number of passages and 10,000 of them, evenly spaced: hashing MS MARCO's would
-    cost minutes at each start. A change in another passage goes unnoticed."""
+    """Of the queries, the judgements, the answers, the number of passages and 10,000 of them, evenly spaced: hashing MS MARCO's
+    would cost minutes at each start. A change in another passage goes unnoticed."""
     some = range(0, len(data.passages), -(-len(data.passages) // 10_000))
-    h = hashlib.blake2b(json.dumps([len(data.passages), data.queries, data.qrels]).encode(), digest_size=8)
+    about = [len(data.passages), data.queries, data.qrels, *[data.answers] * bool(data.answers)]
+    h = hashlib.blake2b(json.dumps(about).encode(), digest_size=8)
     for n in some:
         h.update(f"{data.passage_ids[n]}\0{data.passages[n]}\0".encode())
     return h.hexdigest()
@@ -230,7 +307,6 @@ class Run:
     """What every stage needs: the configuration, the rank, the collection, the log."""
 
     def __init__(self, config: Config, preset: str, restart: str | None, ranks, dry: bool = False):
-        from data import load_collection, save_collection
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.started = time.time()
         copy = self.out / "collection"
@@ -242,22 +318,30 @@ class Run:
         ranks.barrier()
         self.data = load_collection(source())
         self.number = self.data.judged_positions()
-        if config.split not in self.data.qrels:
-            raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
-        train = self.data.qrels.get("train", {})
+        train, qrels = self.data.qrels.get("train", {}), self.data.qrels.get(config.split, {})
         judged = {q for judgements in self.data.qrels.values() for q in judgements}
+        others = [split for split, rows in self.data.qrels.items() if rows and split != "train"]
+        self.eval_ids = list(qrels) or [q for q in self.data.answers if q not in judged and not others]  # the latter: table 2
+        if not self.eval_ids:
+            raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
+        held_out = {*judged, *self.eval_ids}
         # Queries without judgements are distilled on too (section 5.2): 800K of which 500K are labelled.
-        self.train_ids = [q for q in self.data.queries if q in train or q not in judged]
-        qrels = self.data.qrels[config.split]
-        self.eval_ids = list(qrels)
-        if 0 < config.eval_queries < len(qrels):
-            drawn = np.random.default_rng(config.seed).permutation(len(qrels))[:config.eval_queries]
+        self.train_ids = [q for q in self.data.queries if q in train or q not in held_out]
+        if config.queries:
+            more = {f"queries:{q}": text for q, text in read_queries(Path(config.queries))[0].items()}
+            self.data, self.train_ids = dataclasses.replace(self.data, queries={**self.data.queries, **more}), list(more)
+        if 0 < config.eval_queries < len(self.eval_ids):
+            drawn = np.random.default_rng(config.seed).permutation(len(self.eval_ids))[:config.eval_queries]
             self.eval_ids = [self.eval_ids[n] for n in sorted(drawn)]
-        self.qrels = {q: qrels[q] for q in self.eval_ids}
-        if not self.train_ids:
+        self.qrels = {q: qrels[q] for q in self.eval_ids if q in qrels}
+        # A query's own passage, ArguAna's argument that is to be countered, is no result. As in BEIR (beir/retrieval/evaluation.py,
+        # ignore_identical_ids) it is known by its id, in every collection; # OURS: unless it is judged, because ids may be row numbers.
+        self.own = {q: n for q, n in self.data.positions(self.eval_ids).items() if q not in self.qrels.get(q, {})}
+        if not self.train_ids and (config.iters or config.base_steps or any(map(is_trained, (config.pointwise, config.pairwise)))):
             raise ValueError(f"{config.data}: no training queries: qrels/train.tsv is missing or empty, and every query is "
                              f"judged in another split")
-        self.positives = {q: [self.number[p] for p, grade in sorted(train.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
+        labels = train if config.labels else {}
+        self.positives = {q: [self.number[p] for p, grade in sorted(labels.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
                           for q in self.train_ids}
         if ranks.first:
             self._begin(preset, restart, dry)
@@ -293,7 +377,9 @@ class Run:
     def settings(self, stage: str) -> dict:
         c, names = self.config, row_of(stage)[2]
         if stage == "iter0/student" and not c.base_steps:
-            names = [n for n in names if n not in ("base_batch", "base_lr", "temperature")]
+            names = [n for n in names if n not in ("labels", "base_batch", "base_lr", "temperature")]
+        if stage == "iter0/student" and c.start:
+            c = dataclasses.replace(c, architecture="colbert")  # --architecture is of --start
         return {"data": f"digest {self.collection}", "seed": c.seed, **{n: getattr(c, n) for n in names}}
 
     def done(self, stage: str) -> bool:
@@ -308,8 +394,8 @@ class Run:
     def _record(self, stage: str) -> None:
         """Notes in stages.json what a stage is made of, before it is made; of one that is, compares the files."""
         (result, *others), reads, names = row_of(stage)
-        specs = {getattr(self.config, n).removeprefix("train:") for n in names if n in ("student", "pointwise", "pairwise")}
-        paths = {name: self.out / name for name in reads} | {s: Path(s) for s in specs - {"scratch"} if Path(s).is_dir()}
+        specs = {getattr(self.config, n).removeprefix("train:") for n in names if n in ("student", "start", "pointwise", "pairwise")}
+        paths = {name: self.out / name for name in reads} | {s: Path(s) for s in specs - {"", "scratch"} if Path(s).is_dir()}
         # A file that was removed to save room is not compared.
         now = {name: digest_of(path) for name, path in paths.items() if path.exists()}
         begun = self.begun(stage)
@@ -327,6 +413,12 @@ class Run:
 
     def text(self, qids) -> list[str]:
         return [self.data.queries[q] for q in qids]
+
+    def evaluate(self, found: dict[str, dict[str, float]]) -> dict[str, float]:
+        """The metrics of {query: {passage: score}}: by judgements, and by answers where the queries have them."""
+        answered = [q for q in self.eval_ids if q in self.data.answers]
+        return {**(answer_metrics(found, self.data, answered) if answered else {}),
+                **(evaluate(found, self.qrels, METRICS) if self.qrels else {})}
 
     def note(self, **row) -> None:
         if self.ranks.first:
@@ -363,10 +455,10 @@ class Run:
 
 # Stages -------------------------------------------------------------------------------------------------------------
 
-def load_student(run: Run, folder: str | Path):
+def load_student(run: Run, folder: str | Path, architecture: str | None = None):
     from pairdistill import Student, automatic_chunk
     c = run.config
-    student = Student.from_pretrained(str(folder), c.architecture, c.dim or None, c.query_length, c.passage_length,
+    student = Student.from_pretrained(str(folder), architecture or c.architecture, c.dim or None, c.query_length, c.passage_length,
                                       c.expansion, markers=c.markers, seed=c.seed).to(run.ranks.device)
     student.chunk = c.passage_chunk or automatic_chunk(student)
     return student
@@ -382,11 +474,19 @@ def iteration_zero(run: Run, folder: Path) -> None:
     """The student before the first iteration: loaded, or built from random weights, and where it cannot retrieve yet
     trained by L_CL alone."""
     c = run.config
-    student = load_student(run, scratch(run, "student") if c.student == "scratch" else c.student)
+    student = load_student(run, scratch(run, "student") if c.student == "scratch" else c.student, "colbert" if c.start else None)
     if c.base_steps:
         history = contrast(run, student, c.base_steps, c.base_lr, c.temperature, "  iteration 0", folder / "checkpoint")
         log_losses(run, 0, history)
     save_student(run, student, folder)
+
+
+def lengths(run: Run, folder: Path) -> str:
+    if not run.ranks.first:
+        return ""
+    s = json.loads((folder / "student" / "pairdistill.json").read_text())
+    return (f"queries of {s['query_length']} tokens{', filled with [MASK]s' * s['query_expansion']}, passages of "
+            f"{s['passage_length']} at most")
 
 
 def contrast(run: Run, student, steps: int, lr: float, temperature: float, desc: str, checkpoint: Path | None = None):
@@ -436,7 +536,8 @@ def build_index(run: Run, folder: Path) -> None:
     from retrieve import MEASURED, Index
     Index.build(load_student(run, folder / "student"), run.data.passages, folder / "index",
                 passage_ids=run.data.passage_ids, student_digest=digest(folder / "student"), rank=run.ranks.rank,
-                world=run.ranks.world, barrier=run.ranks.barrier, seed=run.config.seed, queries=run.text(run.train_ids[:MEASURED]))
+                world=run.ranks.world, barrier=run.ranks.barrier, seed=run.config.seed,
+                queries=run.text((run.train_ids or run.eval_ids)[:MEASURED]))
 
 
 def search(run: Run, folder: Path, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -457,16 +558,21 @@ def search(run: Run, folder: Path, texts: list[str], k: int) -> tuple[np.ndarray
 
 def evaluate_student(run: Run, iteration: int, folder: Path) -> None:
     """Retrieves for the held-out queries: metrics.json of the iteration, and the run that the teachers rerank."""
-    from data import bm25_run, evaluate
-    scores, positions = search(run, folder, run.text(run.eval_ids), run.config.eval_k)
+    k = run.config.eval_k
+    scores, positions = search(run, folder, run.text(run.eval_ids), k + bool(run.own))
     if not run.ranks.first:
         return
-    ids, qrels = run.data.passage_ids, run.qrels
+    own = positions == np.array([[run.own.get(q, -1)] for q in run.eval_ids])
+    order = np.argsort(own, axis=1, kind="stable")[:, :k]  # a query's own passage to the end
+    scores, positions = np.take_along_axis(scores, order, 1), np.take_along_axis(np.where(own, -1, positions), order, 1)
+    ids = run.data.passage_ids
     found = {q: {ids[p]: float(s) for p, s in zip(ps, ss) if p >= 0} for q, ps, ss in zip(run.eval_ids, positions, scores)}
-    rows = [dict(system="student", iteration=iteration, **evaluate(found, qrels, METRICS))]
+    rows = [dict(system="student", iteration=iteration, **run.evaluate(found))]
     if iteration == 0:
-        bm25 = bm25_run(run.data, {q: run.data.queries[q] for q in run.eval_ids}, run.config.eval_k)
-        rows.insert(0, dict(system="bm25", iteration=0, **evaluate(bm25, qrels, METRICS)))
+        bm25 = bm25_run(run.data, {q: run.data.queries[q] for q in run.eval_ids}, k + bool(run.own))
+        for q in run.own:
+            bm25[q].pop(q, None)
+        rows.insert(0, dict(system="bm25", iteration=0, **run.evaluate(bm25)))
     write(folder / "evaluated.npz", dict(scores=scores, positions=positions))
     write(folder / "metrics.json", json.dumps(rows, indent=1))
     run.metrics()
@@ -493,7 +599,8 @@ def rerank_pointwise(run: Run, teacher, folder: Path) -> None:
     found = np.load(folder / "retrieved.npz")
     share = run.ranks.share(len(found["queries"]))
     qids = [run.train_ids[q] for q in found["queries"]]
-    rows = np.array([with_positive(found["positions"][r], run.positives[qids[r]]) for r in range(len(qids))])
+    gold = run.positives if run.config.positive == "label" else {}
+    rows = np.array([with_positive(found["positions"][r], gold.get(qids[r], [])) for r in range(len(qids))])
     items = ((run.data.queries[qids[r]], run.data.passages[p]) for r in share for p in rows[r])
     scores = teacher.score(items, rows[share.start:share.stop].size).reshape(len(share), rows.shape[1])
     scores = run.ranks.gather(torch.from_numpy(scores)).numpy()
@@ -509,10 +616,11 @@ def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
     queries, positions, scores = ranked["queries"], ranked["positions"], ranked["scores"]
     kept = min(c.kept, positions.shape[1])
     order = np.argsort(-scores, axis=1, kind="stable")
-    passages, positive = np.empty((len(order), kept), np.int64), np.full(len(order), -1)
+    by_label = c.positive == "label"
+    passages, positive = np.empty((len(order), kept), np.int64), np.full(len(order), -1 if by_label else 0)
     point, pairs = np.empty((len(order), kept), np.float32), np.full((len(order), c.n_pairs, 2), -1)
     for r, row in enumerate(order):
-        gold = run.positives[run.train_ids[queries[r]]]
+        gold = run.positives[run.train_ids[queries[r]]] if by_label else []
         places = np.flatnonzero(np.isin(positions[r][row], gold))
         n_ranked = kept
         if len(places):
@@ -552,11 +660,11 @@ def distill(run: Run, iteration: int, previous: Path, folder: Path) -> None:
     from pairdistill import train
     c, f = run.config, np.load(folder / "pairs.npz")
     examples = {k: f[k] for k in ("passages", "teacher", "pairs", "pair_probs", "positive")}
-    student = load_student(run, previous / "student")
+    student = load_student(run, c.start if c.start and iteration == 1 else previous / "student")
     history = train(student, run.text([run.train_ids[q] for q in f["queries"]]), run.data.passages, examples,
                     steps=c.steps, batch=c.batch, lr=c.lr, warmup=c.warmup, temperature=c.temperature, tau=c.tau, lambda_kd=c.lambda_kd,
                     lambda_pair=c.lambda_pair, pair_reduction=c.pair_reduction, seed=c.seed + iteration, ranks=run.ranks,
-                    desc="  train", checkpoint_folder=folder / "checkpoint",
+                    desc="  train", negatives=c.negatives, checkpoint_folder=folder / "checkpoint",
                     note=lambda **row: run.note(iteration=iteration, **row))
     log_losses(run, iteration, history)
     save_student(run, student, folder)
@@ -581,7 +689,7 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     groups = [(run.data.queries[q], passages[run.positives[q][0]],
                [passages[p] for p in row if p in answers and p not in run.positives[q]]) for q, row in zip(qids, mined["positions"])]
     groups = [g for g in groups if g[2]]
-    common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length,
+    common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length or 32,
                   passage_length=c.teacher_length, batch=teacher_queries(c))
     spec, folder, twin = getattr(c, role), run.out / "teachers" / ("writing." + role), run.out / "teachers" / "pointwise"
     start = scratch(run, "teacher") if spec == "scratch" else spec.removeprefix("train:")
@@ -604,7 +712,7 @@ def held_out_accuracy(run: Run, role: str, teacher: Path, iteration_0: Path) -> 
     found, share = np.load(iteration_0 / "evaluated.npz")["positions"], run.ranks.share(len(run.eval_ids))
     asked = []
     for q, row in list(zip(run.eval_ids, found))[share.start:share.stop]:
-        relevant = [run.number[p] for p, grade in run.qrels[q].items() if grade > 0 and p in run.number]
+        relevant = [run.number[p] for p, grade in run.qrels.get(q, {}).items() if grade > 0 and p in run.number]
         other = next((p for p in row if p >= 0 and p not in relevant), None)
         if relevant and other is not None:
             asked.append((run.data.queries[q], run.data.passages[relevant[0]], run.data.passages[other]))
@@ -636,7 +744,6 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
     """Each teacher reranks what this student found for the held-out queries (table 5): the pointwise one its best
     `rerank`, then the pairwise one the first `rerank_pairs` of that order, each with each (duoT5's sum of wins)."""
     import torch
-    from data import evaluate
     c, found = run.config, np.load(folder / "evaluated.npz")["positions"]
     share, depth = run.ranks.share(len(found)), min(c.rerank, found.shape[1])
     mine, text, passages = found[share.start:share.stop, :depth], run.text(run.eval_ids), run.data.passages
@@ -659,7 +766,7 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
         ranked = {q: {run.data.passage_ids[p]: float(-place) for place, p in enumerate(row) if p >= 0}
                   for q, row in zip(run.eval_ids, top)}
         if run.ranks.first:
-            rows.append(dict(system=system, iteration=iteration, **evaluate(ranked, run.qrels, METRICS)))
+            rows.append(dict(system=system, iteration=iteration, **run.evaluate(ranked)))
     run.save(folder / "reranked.json", json.dumps(rows, indent=1))
     run.metrics()
 
@@ -682,14 +789,15 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
 
     def student_metrics(t: int) -> str:
         rows = json.loads((folders[t] / "metrics.json").read_text()) if ranks.first else []
-        return "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}, nDCG@10 {r['nDCG@10']:.3f}, R@100 {r['R@100']:.3f}" for r in rows)
+        shown = ("MRR@10", "nDCG@10", "R@100", "answer R@5")
+        return "; ".join(f"{r['system']} " + ", ".join(f"{m} {r[m]:.3f}" for m in shown if m in r) for r in rows)
 
     def index_and_evaluate(t: int) -> None:
         run.stage(t, "index", lambda: build_index(run, folders[t]), lambda: Index.load(folders[t] / "index").measured)
         run.stage(t, "evaluate", lambda: evaluate_student(run, t, folders[t]), lambda: student_metrics(t))
 
     say("iteration 0")
-    run.stage(0, "student", lambda: iteration_zero(run, folders[0]))
+    run.stage(0, "student", lambda: iteration_zero(run, folders[0]), lambda: lengths(run, folders[0]))
     index_and_evaluate(0)
 
     specs = {role: getattr(config, role) for role in ("pointwise", "pairwise")}
@@ -701,6 +809,8 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
         if is_trained(spec):
             specs[role] = str(run.out / "teachers" / role)
             run.stage(0, "fit-" + role, lambda: train_teacher(run, role, folders[0]), lambda: teacher_accuracy(run, role))
+    if not (config.iters or config.rerank):  # nothing is asked: table 1's zero-shot rows need no teacher
+        return finish(run) if ranks.first else None
     cache = Cache(run.out / "teachers", f"scores{os.environ.get('GROUP_RANK', '0')}")  # torchrun's number of the machine
     show = lambda name: f"  {name}" if ranks.first else None
     pointwise = load_pointwise(specs["pointwise"], device=ranks.device, cache=cache, desc=show("pointwise"))
@@ -745,7 +855,7 @@ def title_of(row: dict) -> str:
 
 def finish(run: Run) -> None:
     rows = run.metrics()
-    names = [m for m in METRICS if m in rows[0]]
+    names = [m for m in rows[0] if m not in ("system", "iteration")]
     print(f"\n{len(run.eval_ids):,} held-out queries{'':<18}" + "".join(f"{m:>11}" for m in names))
     for r in sorted(rows, key=lambda r: (r["system"] != "bm25", r["iteration"], r["system"] != "student", r["system"] != "pointwise")):
         print(f"  {title_of(r):<40}" + "".join(f"{r[m]:>11.3f}" for m in names))

@@ -245,6 +245,54 @@ def test_many_processes_convert_one_corpus_at_once(tmp_path):
     assert [reader.wait(60) for reader in readers] == [0] * 4 and len(caches(folder)) == 1
 
 
+@pytest.mark.parametrize("answer, passage, there", [
+    ("beyonce\u0301", "It was Beyonc\u00e9's.", True),  # one character or two, and any case
+    ("U.S. Army", "the u.s.  ARMY of", True), ("U.S. Army", "the US Army", False),
+    ("art", "a party", False), ("a-b", "a - b", True), ("1,000", "1000", False), ("x y", "x\u200by", True), ("\u200b", "x", False)])
+def test_an_answer_is_found_token_by_token(answer, passage, there):
+    assert data.has_answer(passage, ["no such thing", answer]) == there
+
+
+def test_answer_tokens_are_those_of_dprs_tokenizer():
+    regex = pytest.importorskip("regex")
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        text = "".join(chr(c) for c in draw.choice([32, *range(0x20, 0x500), *range(0x900, 0x980), *range(0x1F600, 0x1F650)], 60))
+        tokens = regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", data.unicodedata.normalize("NFD", text))
+        assert data._answer_tokens(text).split() == [token.lower() for token in tokens]
+
+
+def test_answers_are_read_from_queries_their_metadata_or_a_file_and_saved(tmp_path):
+    queries = ['{"_id": "q1", "text": "a", "answers": ["x", "y"]}', '{"_id": "q2", "text": "b", "metadata": {"answers": ["z"]}}',
+               '{"_id": "q3", "text": "c", "metadata": {}}']
+    folder = Path(beir_folder(tmp_path / "mine", queries=queries))
+    collection = data.load_collection(str(folder))
+    assert collection.answers == {"q1": ["x", "y"], "q2": ["z"]}
+    data.save_collection(collection, tmp_path / "copy")
+    assert data.load_collection(str(tmp_path / "copy")).answers == collection.answers
+    (folder / "answers.jsonl.gz").write_bytes(gzip.compress(b'{"_id": "q3", "answers": ["w"]}\n'))
+    assert data.load_collection(str(folder)).answers == {**collection.answers, "q3": ["w"]}
+    for line, says in (('{"_id": "q9", "answers": ["w"]}', "line 1: unknown query 'q9'"),
+                       ('{"_id": "q3", "answers": "w"}', 'line 1: its "answers" are not a list')):
+        (folder / "answers.jsonl").write_text(line + "\n")
+        with pytest.raises(data.DataError, match=says):
+            data.load_collection(str(folder))
+
+
+def test_recall_by_answers_counts_queries_with_an_answer_among_the_best_five():
+    passages = [f"word{n} x" for n in range(12)]
+    collection = data.Collection("", [f"d{n}" for n in range(12)], passages, {}, {}, {"q1": ["Word2"], "q2": ["word7"], "q3": ["no"], "q4": ["x"]})
+    best_first = {f"d{n}": -float(n) for n in range(12)}
+    got = data.answer_metrics({"q1": best_first, "q2": best_first, "q3": best_first}, collection, ["q1", "q2", "q3", "q4"])
+    assert got == {"MRR@10": pytest.approx((1 / 3 + 1 / 8) / 4), "answer R@5": 1 / 4}  # q4 has no results
+
+
+def test_the_answers_of_squad_are_in_its_relevant_passages():
+    squad = data.load_collection(str(shared_data("squad")))
+    found = {q: {p: 1.0 for p in grades} for q, grades in squad.qrels["dev"].items()}
+    assert data.answer_metrics(found, squad, list(found)[:500])["answer R@5"] > 0.97
+
+
 class FakeSet:
     """What load_ir_datasets uses of an ir_datasets data set."""
 
@@ -280,6 +328,7 @@ def test_ir_datasets_subsets_become_splits(monkeypatch, tmp_path):
         "set/dev/small": FakeSet(passages, [FakeText("q3", "three")], [FakeQrel("q3", "d2", 2)]),
         "nopassages": FakeSet(),
     }
+    fake.registry["set/train"].queries[0].answers = ("x", "y")  # as DPR's sets have them
     fake.load = fake.registry.__getitem__
     monkeypatch.setitem(sys.modules, "ir_datasets", fake)
     collection = data.load_collection("ir_datasets:set")
@@ -287,6 +336,7 @@ def test_ir_datasets_subsets_become_splits(monkeypatch, tmp_path):
     assert collection.queries == {"q1": "one", "q2": "two", "q3": "three"}
     assert collection.qrels == {"train": {"q1": {"d1": 1}}, "dev": {"q3": {"d2": 2}}}
     assert data.load_collection("ir_datasets:set/train").qrels == {"train": {"q1": {"d1": 1}}}
+    assert collection.answers == {"q1": ["x", "y"]}
     for name in ("nopassages", "unknown"):
         with pytest.raises(data.DataError, match="not a set with passages"):
             data.load_collection(f"ir_datasets:{name}")
@@ -1286,6 +1336,22 @@ def test_without_labels_there_is_no_contrastive_loss(encoder):
     assert all(cl == 0 and kd > 0 for _, cl, kd, _ in train_a_little(encoder, examples)[1])
 
 
+def test_a_group_of_queries_has_its_own_negatives(encoder):
+    """As if each group were a batch, the losses still means over the whole one."""
+    examples = examples_of()
+    _, ((total, cl, kd, pair),) = train_a_little(encoder, examples, steps=1, batch=6, negatives=2)
+    _, ((_, all_cl, all_kd, all_pair),) = train_a_little(encoder, examples, steps=1, batch=6)
+    rows, student = Batches(6, 6, 3)[0], student_of(encoder)
+    expected, labelled = 0, examples["positive"][rows] >= 0
+    for group in rows.reshape(3, 2):
+        q, q_mask = student.encode_queries([TEXTS[r] for r in group])
+        d, offsets = student.encode_passages([TEXTS[p] for p in examples["passages"][group].reshape(-1)])
+        inputs = [torch.from_numpy(examples[k][group]) for k in ("teacher", "pairs", "pair_probs", "positive")]
+        expected += pairdistill_loss(maxsim(q, d, offsets, q_mask), *inputs).cl.item() * (examples["positive"][group] >= 0).sum()
+    assert cl == pytest.approx(expected / labelled.sum(), rel=1e-2) and cl < 0.9 * all_cl  # bfloat16, where there is any
+    assert (kd, pair) == pytest.approx((all_kd, all_pair), rel=1e-2) and total == pytest.approx(cl + kd + 3 * pair, rel=1e-5)
+
+
 def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(encoder, tmp_path, monkeypatch):
     whole, terms = train_a_little(encoder, examples_of(), steps=8)
     import pairdistill
@@ -1346,7 +1412,7 @@ if me.rank == out_of_memory_on:  # in a backward pass: the other rank is done wi
             hooks.pop().remove()
         return d, offsets
     hooks, pairdistill.Student.embed_passages = [], embed_passages
-student, terms = train_a_little({encoder!r}, examples_of(), me, steps={steps})
+student, terms = train_a_little({encoder!r}, examples_of(), me, steps={steps}, **{settings!r})
 if me.first:
     torch.save(dict(terms=terms, gradients=[p.grad for p in student.parameters() if p.grad is not None]), {out!r})
 me.close()
@@ -1354,21 +1420,22 @@ os._exit(0)  # as run.py does: a thread of gloo can abort an interpreter that is
 """
 
 
-def on_two_ranks(tmp_path, encoder: str, steps: int, out_of_memory_on: int | None = None) -> dict:
+def on_two_ranks(tmp_path, encoder: str, steps: int, out_of_memory_on: int | None = None, **settings) -> dict:
     script, out = tmp_path / "two.py", tmp_path / "two.pt"
     script.write_text(TWO_RANKS.format(here=str(HERE), encoder=encoder, steps=steps, out=str(out),
-                                       out_of_memory_on=out_of_memory_on))
+                                       out_of_memory_on=out_of_memory_on, settings=settings))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
                    check=True, capture_output=True, timeout=300)
     return torch.load(out, weights_only=True)
 
 
-def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encoder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, dict(batch=6, negatives=2)], ids=["", "a group on two ranks"])
+def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encoder, tmp_path, monkeypatch, settings):
     import contextlib
     import pairdistill
     monkeypatch.setattr(pairdistill, "half", lambda device: contextlib.nullcontext())  # bfloat16 rounds by batch shape
-    one, terms = train_a_little(encoder, examples_of(), steps=1)
-    two = on_two_ranks(tmp_path, encoder, 1, out_of_memory_on=1)  # and the step, repeated on both, is the same
+    one, terms = train_a_little(encoder, examples_of(), steps=1, **settings)
+    two = on_two_ranks(tmp_path, encoder, 1, out_of_memory_on=1, **settings)  # and the step, repeated on both, is the same
     assert np.allclose(two["terms"], terms, atol=1e-5, rtol=1e-5)
     gradients = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
     assert len(two["gradients"]) >= len(gradients) > 10
@@ -2256,7 +2323,8 @@ def test_a_dry_run_tells_stages_counts_and_costs_and_writes_nothing(tmp_path, ca
 
 def test_every_setting_is_one_that_a_stage_reads_or_one_that_changes_no_result():
     read = {name for _, _, names in run.STAGES.values() for name in names.split()}
-    assert {f.name for f in dataclasses.fields(run.Config)} - read == {"data", "seed", "out", "iters", "gpus", "passage_chunk"}
+    assert {f.name for f in dataclasses.fields(run.Config)} - read == {"data", "queries", "seed", "out", "iters", "gpus",
+                                                                         "passage_chunk"}
     assert not read & {"out", "iters", "gpus", "passage_chunk"}
 
 
@@ -2274,6 +2342,154 @@ def test_teachers_are_trained_from_any_encoder_and_compared_without_an_iteration
     assert [r["teacher"] for r in log if "held_out" in r] == ["pointwise", "pairwise"]
     config = json.loads((out / "teachers" / "pairwise" / "config.json").read_text())
     assert config["teacher_role"] == "pairwise" and config["architectures"] == ["BertForSequenceClassification"]
+
+
+def settings_of(flags: str) -> dict:
+    """Those of a command that are not the defaults."""
+    config = run.parse(flags.split())[1]
+    run.check(config)
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+
+
+DEV, DPR_ROW = dict(split="dev"), dict(split="dev", architecture="dpr", dim=0, start="bert-base-uncased")
+BEST = dict(iters=0, rerank=0, student="runs/msmarco/iter2/student", passage_length=300)  # what was trained on MS MARCO
+FLAN = dict(pointwise="google/flan-t5-xl", pairwise="google/flan-t5-xl", labels=False, iters=1, passage_length=300, steps=4000,
+            batch=16, warmup=400)
+
+
+@pytest.mark.parametrize("row, settings", {
+    "1: MS MARCO dev": dict(DEV, out="runs/msmarco"),
+    "1: TREC DL 2019": dict(BEST, split="trec-dl-2019", passage_length=180, out="runs/dl2019"),
+    "1: TREC DL 2020": dict(BEST, split="trec-dl-2020", passage_length=180, out="runs/dl2020"),
+    "1: BEIR, such as NFCorpus": dict(BEST, data="ir_datasets:beir/nfcorpus", out="runs/nfcorpus"),
+    "1: ArguAna": dict(BEST, data="ir_datasets:beir/arguana", query_length=300, out="runs/arguana"),
+    "1: Climate-FEVER": dict(BEST, data="ir_datasets:beir/climate-fever", query_length=64, out="runs/climate-fever"),
+    "1: BEIR, a folder": dict(BEST, data="my/bioasq", out="runs/bioasq"),
+    "1: LoTTE, search": dict(BEST, data="ir_datasets:lotte/pooled/test/search", out="runs/lotte-search"),
+    "1: LoTTE, forum": dict(BEST, data="ir_datasets:lotte/pooled/test/forum", out="runs/lotte-forum"),
+    "1, 2: ColBERTv2, as above": dict(iters=0, rerank=0, passage_length=300, data="ir_datasets:beir/nfcorpus", out="runs/colbertv2-nfcorpus"),
+    "2: NQ": dict(BEST, data="ir_datasets:dpr-w100/natural-questions/dev", split="dev", passage_length=180, out="runs/nq"),
+    "2: TriviaQA": dict(BEST, data="ir_datasets:dpr-w100/trivia-qa/dev", split="dev", passage_length=180, out="runs/triviaqa"),
+    "2: SQuAD, a folder with answers": dict(BEST, data="my/squad", split="dev", passage_length=180, out="runs/squad"),
+    "3: without L_pair": dict(DEV, lambda_pair=0, n_pairs=0, out="runs/no-pair"),
+    "3: without L_KD": dict(DEV, lambda_kd=0, out="runs/no-kd"),
+    "3: without the heuristic": dict(DEV, delta=0, out="runs/any-pair"),
+    "3: from bert-base-uncased": dict(DEV, start="bert-base-uncased", out="runs/bert"),
+    "3: DPR": dict(DPR_ROW, lambda_kd=0, lambda_pair=0, n_pairs=0, out="runs/dpr-cl"),
+    "3: DPR + L_KD": dict(DPR_ROW, lambda_pair=0, n_pairs=0, out="runs/dpr-kd"),
+    "3: DPR + L_KD + L_pair": dict(DPR_ROW, out="runs/dpr"),
+    "3: iterations 1 to 3": dict(DEV, iters=3, out="runs/msmarco"),
+    "4: L_KD only, such as FiQA": dict(FLAN, data="ir_datasets:beir/fiqa", lambda_pair=0, n_pairs=0, out="runs/fiqa-kd"),
+    "4: + L_pair": dict(FLAN, data="ir_datasets:beir/fiqa", out="runs/fiqa"),
+    "4: with queries from a file": dict(FLAN, data="ir_datasets:beir/climate-fever", queries="my/queries.jsonl", query_length=64, out="runs/zeroshot"),
+    "5: ColBERTv2, MiniLM, duoT5": dict(DEV, iters=0, out="runs/rerankers"),
+    "5: MonoT5": dict(DEV, iters=0, pointwise="castorini/monot5-3b-msmarco", out="runs/monot5"),
+    "6: lambda_pair 1": dict(DEV, lambda_pair=1, out="runs/pair1"),
+    "6: lambda_pair 3": dict(DEV, out="runs/msmarco"),
+    "7: its values are the defaults": dict(DEV, out="runs/msmarco"),
+    "as the authors' code did it": dict(DEV, delta=6, orders="one", positive="teacher", negatives=4, n_pairs=8, steps=30_000, batch=8,
+                                        out="runs/as-published"),
+}.items())
+def test_every_row_of_the_paper_is_a_command(row, settings):
+    assert settings_of(run.ROWS[row]) == settings
+
+
+def test_every_row_is_in_help_and_tested_above(capsys):
+    rows, = (mark.args[1] for mark in test_every_row_of_the_paper_is_a_command.pytestmark)
+    assert [row for row, _ in rows] == list(run.ROWS)
+    with pytest.raises(SystemExit):
+        run.parse(["--help"])
+    printed = capsys.readouterr().out
+    assert all(re.search(f"^  {re.escape(row)} +{re.escape(flags)}$", printed, re.M) for row, flags in run.ROWS.items())
+
+
+def test_what_was_published_is_overridden_by_flags_and_leaves_other_presets_their_size():
+    assert settings_of("--preset msmarco --as-published --delta 10 --steps 5 --negatives 0 --n-pairs 50") == dict(
+        split="dev", orders="one", positive="teacher", steps=5, batch=8, out="runs/msmarco")
+    assert settings_of("--as-published") == dict(settings_of(""), delta=6, orders="one", positive="teacher", negatives=4)
+    assert settings_of("--preset zeroshot --as-published") == dict(
+        FLAN, delta=8, orders="one", positive="teacher", temperature=5.0, batch=4, negatives=2, out="runs/zeroshot")
+    assert settings_of("--preset dpr --as-published") == dict(
+        DPR_ROW, delta=6, orders="one", positive="teacher", lambda_pair=1.0, lr=3e-5, warmup=10_000, batch=36, out="runs/dpr")
+
+
+def test_lengths_expansion_and_markers_are_the_folders_unless_a_flag_says_otherwise(encoder, tmp_path):
+    student_of(encoder, query_length=9, passage_length=21, query_expansion=False, markers=False).save_pretrained(tmp_path / "s")
+    load = lambda folder, *flags: run.load_student(
+        types.SimpleNamespace(config=run.parse(["--preset", "evaluate", *flags])[1], ranks=Ranks()), folder).settings
+    shown = lambda s: [s[k] for k in ("query_length", "passage_length", "query_expansion", "markers")]
+    assert shown(load(tmp_path / "s", "--query-length", "7")) == [7, 300, False, ["", ""]]
+    flags = ["--passage-length", "30", "--expansion", "--markers"]
+    assert shown(load(tmp_path / "s", *flags)) == [9, 30, True, ["[unused0]", "[unused1]"]]
+    assert shown(load(encoder)) == [32, 300, True, ["[unused0]", "[unused1]"]]  # a plain encoder's, and the preset's 300
+
+
+def arguments_folder(folder: Path, qrels: bool) -> Path:
+    """12 arguments as passages; the queries are 4 of them, each answered by the next one, and no query is left to train on."""
+    passages = [f"{TEXTS[n % 6]} number{n}" for n in range(12)]
+    answers = {} if qrels else {"answers": ["Number3", "nowhere"]}
+    beir_folder(folder, [json.dumps({"_id": f"a{n}", "text": text}) for n, text in enumerate(passages)],
+                [json.dumps({"_id": f"a{n}", "text": passages[n], **answers}) for n in range(4)], [f"a{n}\ta{n + 1}\t1" for n in range(4)])
+    if not qrels:
+        shutil.rmtree(folder / "qrels")
+    return folder
+
+
+EVALUATE = ["--preset", "evaluate", "--dim", "16", "--query-length", "12", "--passage-length", "20", "--split", "dev", "--eval-k", "5"]
+
+
+def test_a_student_is_evaluated_without_teachers_or_training_queries_and_a_query_does_not_find_itself(encoder, tmp_path, capsys):
+    command = [*EVALUATE, "--data", str(arguments_folder(tmp_path / "data", True)), "--student", encoder, "--out", str(tmp_path / "run")]
+    assert run.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "0 training queries (0 labelled), 4 held-out queries" in printed
+    assert "queries of 12 tokens, filled with [MASK]s, passages of 20 at most" in printed
+    bm25, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (bm25["system"], student["system"]) == ("bm25", "student") and set(run.METRICS) <= student.keys()
+    found = np.load(tmp_path / "run" / "iter0" / "evaluated.npz")["positions"]
+    assert found.shape == (4, 5) and (found >= 0).all() and not any(n in row for n, row in enumerate(found))
+    assert "no training queries" in refused(capsys, *command, "--iters", "1")
+
+    (tmp_path / "data" / "qrels" / "dev.tsv").write_text("".join(f"a{n}\ta{n}\t1\n" for n in range(4)))  # ids are row numbers
+    assert run.main([*command, "--out", str(tmp_path / "rows")]) == 0
+    bm25, student = json.loads((tmp_path / "rows" / "metrics.json").read_text())
+    assert bm25["MRR@10"] == 1 and student["MRR@10"] > 0
+
+
+def test_without_judgements_answers_are_looked_for_in_the_passages(encoder, tmp_path, capsys):
+    command = [*EVALUATE, "--data", str(arguments_folder(tmp_path / "data", False)), "--out", str(tmp_path / "run"), "--student", encoder]
+    assert run.main(command) == 0
+    bm25, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    found = np.load(tmp_path / "run" / "iter0" / "evaluated.npz")["positions"]
+    assert student.keys() == {"system", "iteration", "MRR@10", "answer R@5"}  # the passage with the answer is the one numbered 3
+    assert student["answer R@5"] == (found == 3).any(1).mean()
+    assert re.search(r"held-out queries +MRR@10 +answer R@5\n", capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore:.*cut at their end")
+def test_unlabelled_queries_another_start_and_the_teachers_favourite(tmp_path, trained_teachers, encoder):
+    """L_ZS on queries of a file; then L_CL with the teacher's best passage for a DPR that another student retrieves for."""
+    folder, out = random_words_folder(tmp_path / "data"), tmp_path / "run"
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"_id": f"q{n}", "text": f"{n} balan bemor"}) + "\n" for n in range(16)))
+    point, pair = trained_teachers[:2]
+    command = ["--data", str(folder), "--out", str(out), *TINY, "--student", encoder, "--base-steps", "0", "--pointwise", str(point), "--pairwise",
+               str(pair), "--rerank", "0", "--dim", "16", "--steps", "3"]
+    assert run.main([*command, "--queries", str(tmp_path / "more.jsonl")]) == 0
+    examples = np.load(out / "iter1" / "pairs.npz")
+    assert len(examples["queries"]) == 16 and (examples["positive"] == -1).all()
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(r["cl"] == 0 < r["kd"] for r in log if "kd" in r)
+
+    command[command.index("--out") + 1] = str(out := tmp_path / "dpr")
+    assert run.main([*command, "--no-labels", "--positive", "teacher", "--negatives", "2", "--start", encoder, "--architecture", "dpr",
+                     "--lambda-pair", "0", "--n-pairs", "0"]) == 0
+    examples = np.load(out / "iter1" / "pairs.npz")
+    assert len(examples["queries"]) == 90 and (examples["positive"] == 0).all()
+    assert (examples["teacher"][:, 0] == examples["teacher"].max(1)).all()
+    kinds = [json.loads((out / f"iter{t}" / "student" / "pairdistill.json").read_text())["architecture"] for t in (0, 1)]
+    assert kinds == ["colbert", "dpr"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(r["cl"] > 0 == r["pair"] for r in log if "kd" in r)
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
@@ -2316,7 +2532,8 @@ def test_more_gpus_than_there_are_is_refused_with_their_number(capsys, monkeypat
 
 
 @pytest.mark.parametrize("flags, says", [(["--kept", "200"], "--kept 200"), (["--pair-reduction", "max"], "mean or sum"),
-                                         (["--batch", "0"], "--batch 0"), (["--split", "dev"], "--split dev")])
+                                         (["--batch", "0"], "--batch 0"), (["--negatives", "1"], "--negatives 1"),
+                                         (["--queries", "nowhere"], "nowhere"), (["--split", "dev"], "--split dev")])
 def test_a_flag_out_of_range_is_refused_by_name(tmp_path, capsys, flags, says):
     assert says in refused(capsys, "--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, *flags)
 
@@ -2550,6 +2767,11 @@ def test_the_readmes_table_is_what_results_hold():
     figures = {name: [float(x) for x in row] for name, *row in cells if row[0].startswith("0.")}
     expected = {run.title_of(r): [round(r[m], 3) for m in ("MRR@10", "nDCG@10", "R@5", "R@100")] for r in rows}
     assert figures == expected
+
+
+def test_the_readmes_table_of_commands_is_that_of_run_py():
+    table = "| table: row | `python run.py` |\n|---|---|\n" + "\n".join(f"| {row} | `{flags}` |" for row, flags in run.ROWS.items())
+    assert f"<!-- rows -->\n{table}\n" in (HERE / "README.md").read_text()
 
 
 def test_the_readmes_reranking_table_is_what_results_hold():
