@@ -584,7 +584,7 @@ def test_gradients_of_maxsim_are_those_of_finite_differences(backend, paired):
 def losses_numpy(scores, teacher, pairs, pair_probs, positive, tau, lambda_kd, lambda_pair, pair_reduction):
     """Sections 3.1, 3.3 and 4.2 of the paper, written out in float64."""
     scores, teacher, pair_probs = (x.detach().double().cpu().numpy() for x in (scores, teacher, pair_probs))
-    B, K = teacher.shape
+    positive, (B, K) = None if positive is None else positive.tolist(), teacher.shape
     cl, kd, pair, n_pairs = [], 0.0, 0.0, 0
     for b in range(B):
         first = b * K if scores.shape[1] != K else 0
@@ -634,7 +634,8 @@ def test_losses_agree_with_the_papers_formulas(labels, pair_reduction, backend, 
     given = scores.float() if backend == "triton" else scores
     got = pairdistill_loss(given, teacher, pairs, pair_probs, positive, backend=backend, **options)
     true = losses_numpy(scores, teacher, pairs, pair_probs, positive, **options)
-    np.testing.assert_allclose([x.item() for x in got], true, rtol=2e-6 if backend == "triton" else 1e-12, atol=1e-12)
+    fused = 2e-6 if DEVICE == "cpu" else 1e-5  # a GPU's exponential is good to some 2e-7
+    np.testing.assert_allclose([x.item() for x in got], true, rtol=fused if backend == "triton" else 1e-12, atol=1e-12)
     assert labels in ("labelled", "mixed") or got.cl == 0
 
 
@@ -658,7 +659,8 @@ def test_losses_of_two_queries_and_three_passages_by_hand():
 def test_gradients_of_the_losses_are_those_of_finite_differences(pair_reduction, in_batch):
     scores, *rest = loss_batch(in_batch=in_batch)
     options = dict(tau=0.7, pair_reduction=pair_reduction)
-    assert torch.autograd.gradcheck(lambda s: tuple(pairdistill_loss(s, *rest, **options)), (scores.requires_grad_(),))
+    losses = lambda s: tuple(pairdistill_loss(s, *rest, **options))
+    assert torch.autograd.gradcheck(losses, (scores.requires_grad_(),), nondet_tol=1e-12)  # a GPU adds in any order
 
 
 @IN_BATCH
@@ -771,7 +773,7 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     _, *rest = loss_batch(B=4, K=2)
     rest = [x[:2] for x in rest]
     inputs = q.requires_grad_(), d.requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, d: pairdistill_objective(q, d, offsets, *rest).total, inputs)
+    assert torch.autograd.gradcheck(lambda q, d: pairdistill_objective(q, d, offsets, *rest).total, inputs, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("change, message", [
