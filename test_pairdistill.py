@@ -2528,6 +2528,49 @@ def test_what_fails_on_one_rank_ends_all_is_said_once_and_the_run_goes_on(tmp_pa
     assert "done before" in finished(on_ranks(tmp_path, *command, FORK="2", MASTER_PORT=free_port()))
 
 
+# results/ -----------------------------------------------------------------------------------------------------------
+
+
+def load_script(path):
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location(Path(path).stem, HERE / "results" / path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_cost_of_the_papers_run_is_amounts_over_rates_and_what_is_not_measured_has_none():
+    cost = load_script("cost/cost.py")
+    rows = {row["stage"]: row for row in cost.cost({"encode": 2, "pairwise": 10, "train": 1000}, {})}
+    assert rows["encode"]["hours, 2 iterations"] == 3 * 8_800_000 / 2 / 3600  # once more, for the last student
+    assert rows["pairwise"]["hours, 3 iterations"] == 3 * 808_000 * 50 * 2 / 10 / 3600  # both orders
+    assert rows["train"]["hours, 2 iterations"] == 2 * 100_000 * 32 * (64 * 80 + 9) / 1000 / 3600
+    assert rows["code"]["a second"] is rows["retrieve"]["hours, 2 iterations"] is None and rows["pointwise"]["how"] == "not measured"
+    said = {"retrieve": [dict(engine="index", tokens=6 * 10**n, **{"q/s": 10 ** (9 - n), "build tokens/s": 7}) for n in (6, 7)]}
+    rate, how = cost.measured(said)  # ten times the tokens, a tenth of the speed
+    assert rate == {"code": 7, "retrieve": pytest.approx(10)} and "power -1.00, as measured" in how["retrieve"]
+
+
+def test_the_cost_without_a_gpu_is_predicted_and_says_so(tmp_path):
+    kept = json.loads((HERE / "results" / "cost" / "prediction.json").read_text())
+    command = [sys.executable, "results/cost/cost.py"]
+    done = subprocess.run([*command, "--predict", "--out", tmp_path / "now.json"], cwd=HERE, capture_output=True, text=True)
+    assert json.loads((tmp_path / "now.json").read_text()) == kept and kept["what"] == "predicted, not measured" in done.stdout
+    done = subprocess.run([*command, tmp_path / "none.json"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "no throughputs of a GPU have been measured" in done.stderr and not done.stdout
+
+
+def test_throughputs_are_what_the_cost_reads(tmp_path):
+    out = tmp_path / "throughput.json"
+    done = subprocess.run([sys.executable, "results/h200/throughput.py", "--tiny", "--out", out], cwd=HERE, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    said, cost = json.loads(out.read_text()), load_script("cost/cost.py")
+    assert said["tiny"] and len(said["kernels"]) == 12 and all(row["right"] and row["same_bits"] for row in said["kernels"])
+    rate, how = cost.measured(said)
+    assert rate.keys() == how.keys() == {row["stage"] for row in cost.cost(rate, how)} and min(rate.values()) > 0
+
+
 # README.md ----------------------------------------------------------------------------------------------------------
 
 def test_the_readmes_table_is_what_results_hold():
@@ -2572,10 +2615,7 @@ def test_the_readmes_retrieval_table_is_what_results_hold():
 
 
 def test_the_readmes_prediction_follows_from_the_indexes_measured():
-    from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location("measure", HERE / "results" / "retrieval" / "measure.py")
-    measure = module_from_spec(spec)
-    spec.loader.exec_module(measure)
+    measure = load_script("retrieval/measure.py")
     rows = measure.predict(sorted((HERE / "results" / "retrieval").glob("medquad*.json")))
     kept = json.loads((HERE / "results" / "retrieval" / "prediction.json").read_text())
     readme = (HERE / "README.md").read_text()

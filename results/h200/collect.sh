@@ -10,9 +10,9 @@
 #
 # A step that fails or runs out of time does not stop the next. summary.json says how each ended.
 set -u
+wheels=${1:+$(realpath "$1")} minilm=${2:+$(realpath "$2")} out=${OUT:+$(realpath -m "$OUT")}
 cd "$(dirname "$0")/../.."
-wheels=${1:-} minilm=${2:-} tiny=${TINY:-} python=${PYTHON:-python3} out=${OUT:-results/h200}
-[ -n "$minilm" ] && minilm=$(realpath "$minilm")
+tiny=${TINY:-} python=${PYTHON:-python3} out=${out:-results/h200}
 budget=${BUDGET:-530}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -101,4 +101,5 @@ wait
 throughput train 65 train
 throughput teachers 75 teachers
 throughput retrieve 75 encode retrieve
+step cost 20 "$python" results/cost/cost.py "$out/throughput.json" --out "$out/cost.json"
 echo "$SECONDS s in all; results in $out"

@@ -42,7 +42,7 @@ BERTS = {"MiniLM": dict(hidden_size=384, num_hidden_layers=6, num_attention_head
          "BERT-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)}
 T5S = {"T5-3B": dict(d_model=1024, d_ff=16384, num_layers=24, num_heads=32, d_kv=128)}  # monoT5's and duoT5's
 SIZES = dict(B=32, K=64, L=180, seconds=4.0, block=1024, passages=(8_000, 32_000), queries=512)
-TINY = dict(B=2, K=3, L=20, seconds=0.05, block=16, passages=(200, 400), queries=4)
+TINY = dict(B=2, K=3, L=20, seconds=0.05, block=16, passages=(200,), queries=4)
 SMALL_BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
 SMALL_T5 = dict(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
 
