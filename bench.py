@@ -77,7 +77,7 @@ class Batch:
         self.length_N, self.offsets = length_N.int().to(DEVICE), F.pad(length_N.cumsum(0), (1, 0)).int().to(DEVICE)
         self.real_NL = (torch.arange(shape.L) < length_N[:, None]).to(DEVICE)
         self.q = F.normalize(torch.randn(shape.B, shape.Q, shape.E), dim=-1).to(DEVICE, dtype).requires_grad_()
-        self.d = F.normalize(torch.randn(int(length_N.sum()), shape.E), dim=-1).to(DEVICE, dtype).requires_grad_()
+        self.d = F.normalize(torch.randn(int(length_N.sum()), shape.E, device=DEVICE), dim=-1).to(dtype).requires_grad_()
         self.d_NLE = torch.zeros(N, shape.L, shape.E, dtype=dtype, device=DEVICE)
         self.d_NLE[self.real_NL] = self.d.detach()
         self.d_NLE.requires_grad_()
@@ -271,8 +271,7 @@ def errors_of(shape: Shape, name: str, scores_of: Callable[[Batch], Tensor], x: 
 def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
     machine = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads, blockwise and eager"
     speeds = ceilings()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = dict(machine=machine, dtype=str(DTYPE), torch=torch.__version__, commit=commit,
+    about = dict(machine=machine, dtype=str(DTYPE), torch=torch.__version__, commit=commit(),
                  triton=getattr(mk.triton, "__version__", None), bytes_per_ms=speeds[0], flops_per_ms=speeds[1])
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{machine}, {DTYPE}; copy {speeds[0] / 1e6:.0f} GB/s, matrix product {speeds[1] / 1e9:.2f} TFLOP/s\n")
@@ -325,6 +324,14 @@ def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
     compete("losses 32x64, 50 pairs", "losses+gradient", loss_contestants(), {}, {}, 0)
     write(rows, about, out)
     print(f"\nwrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+
+
+def commit() -> str | None:
+    """Of the code, where it is a checkout."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:  # no git
+        return None
 
 
 def write(rows: list[dict], about: dict, out: Path) -> None:

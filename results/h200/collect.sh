@@ -43,10 +43,13 @@ gpu_step() {
     if ((gpus)); then step "$@"; else note "$1" "skipped: no CUDA device" 0; fi
 }
 
-compile_ahead() {  # what the benchmark launches, on all cores at once; 7, the largest, has no kernels of its own
+compile_ahead() {  # what is launched below, on all cores at once; shape 7, the largest, has no kernels of its own
     for n in 0 1 2 3 4 5 6 8 9; do
         TORCHINDUCTOR_COMPILE_THREADS=1 timeout 100 "$python" bench.py --shapes $n --seconds 0 --out "$scratch/ahead$n" \
             > /dev/null 2>&1 &
+    done
+    for size in "" --tiny; do
+        timeout 100 "$python" results/h200/throughput.py kernels $size --out "$scratch/ahead$size.json" > /dev/null 2>&1 &
     done
 }
 
@@ -75,7 +78,7 @@ throughput kernels 40 kernels
 
 # And fast?
 step bench 120 "$python" bench.py --out "$out/bench" ${tiny:+--shapes 2} --seconds 0.2
-gpu_step tune 75 "$python" bench.py --tune --out "$out/bench" --seconds 1
+gpu_step tune 100 "$python" bench.py --tune --out "$out/bench" --seconds 1
 if command -v compute-sanitizer > /dev/null; then  # each tensor in memory of its own, so that what lies beside it is not ours
     gpu_step sanitizer 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes application-only \
         --error-exitcode 9 "$python" results/h200/throughput.py kernels --tiny --out "$scratch/sanitizer.json" &

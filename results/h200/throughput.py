@@ -19,7 +19,6 @@ import gc
 import importlib.metadata
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 HOME = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOME), str(HOME / "results" / "retrieval")]
 import maxsim_kernel as mk
+from bench import commit
 from pairdistill import Student, automatic_chunk, peak_flops, sample_pairs, train
 from ranks import Ranks, has_bfloat16
 
@@ -127,7 +127,7 @@ def kernels(args, size: dict):
         torch.manual_seed(0)
         lengths = torch.randint(0, L + 1, (B * K,)) if masked else torch.full((B * K,), L)
         offsets = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
-        q, d = (F.normalize(torch.randn(*n, E), dim=-1).to(DEVICE, dtype).requires_grad_() for n in ((B, Q), (int(offsets[-1]),)))
+        q, d = (F.normalize(torch.randn(*n, E, device=DEVICE), dim=-1).to(dtype).requires_grad_() for n in ((B, Q), (int(offsets[-1]),)))
         q_mask = (torch.rand(B, Q) < 0.7).to(DEVICE) if masked else None
         upstream = torch.randn(B, K if paired else B * K).to(DEVICE)
         pairs = torch.randint(0, K, (B, 50, 2)).to(DEVICE)
@@ -288,10 +288,9 @@ def main() -> int:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"{' '.join(unknown)}: no such part")
     size, failed = TINY if args.tiny else SIZES, 0
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HOME).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     machine = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    about = {"machine": machine, "tiny": args.tiny, **versions, "triton": getattr(mk.triton, "__version__", None), "commit": commit}
+    about = {"machine": machine, "tiny": args.tiny, **versions, "triton": getattr(mk.triton, "__version__", None), "commit": commit()}
     for part in args.parts or PARTS:
         rows = []
         try:
