@@ -17,7 +17,7 @@ budget=${BUDGET:-530}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PATH=$PATH:/usr/local/cuda/bin
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' || echo 0)
 
 note() {  # NAME STATUS SECONDS

@@ -298,6 +298,8 @@ def main() -> int:
                 rows.append(row)
                 print(part, json.dumps(row), flush=True)
                 known = json.loads(args.out.read_text()) if args.out.exists() else {}
+                if (known.get("machine"), known.get("tiny")) != (machine, args.tiny):
+                    known = {}
                 args.out.write_text(json.dumps(known | about | {part: rows}, indent=1))
         except Exception as error:  # the other parts go on
             failed += 1
