@@ -3,7 +3,8 @@
     python bench.py              times every shape, prints a table, writes results/bench.json and results/bench.png
     python bench.py --compile    needs no GPU: compiles every kernel for sm_80, sm_90 and sm_100, and exits with 1 if
                                  one spills registers or does without the tensor cores
-    python bench.py --tune       measures the rows of maxsim_kernel.LAUNCH on this GPU and prints the best
+    python bench.py --tune       measures the rows of maxsim_kernel.LAUNCH on this GPU, prints the best and writes
+                                 results/bench-tune.json
 
 A time is a median with quartiles, over rounds in which the contestants take turns, on inputs that rotate, with the
 second-level cache overwritten before each. "wall" includes Python and the launches; "gpu" is a CUDA graph's replay.
@@ -17,6 +18,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +77,7 @@ class Batch:
         self.length_N, self.offsets = length_N.int().to(DEVICE), F.pad(length_N.cumsum(0), (1, 0)).int().to(DEVICE)
         self.real_NL = (torch.arange(shape.L) < length_N[:, None]).to(DEVICE)
         self.q = F.normalize(torch.randn(shape.B, shape.Q, shape.E), dim=-1).to(DEVICE, dtype).requires_grad_()
-        self.d = F.normalize(torch.randn(int(length_N.sum()), shape.E), dim=-1).to(DEVICE, dtype).requires_grad_()
+        self.d = F.normalize(torch.randn(int(length_N.sum()), shape.E, device=DEVICE), dim=-1).to(dtype).requires_grad_()
         self.d_NLE = torch.zeros(N, shape.L, shape.E, dtype=dtype, device=DEVICE)
         self.d_NLE[self.real_NL] = self.d.detach()
         self.d_NLE.requires_grad_()
@@ -87,13 +90,17 @@ class Batch:
 # ---- The contestants -------------------------------------------------------------------------------------------------
 
 
+def ours(shape: Shape) -> Callable[[Batch], Tensor]:
+    scores = mk.maxsim_paired if shape.paired else mk.maxsim
+    return lambda x: scores(x.q, x.d, x.offsets, max_length=shape.L)
+
+
 def contestants(shape: Shape) -> dict[str, Callable[[Batch], Tensor]]:
     """{name: scores of a batch}. Ours read its ragged passages, the others its padded ones."""
     def eager(dtype: torch.dtype, x: Batch) -> Tensor:
         return mk.maxsim_padded(x.q, x.d_NLE, x.length_N, None, shape.paired, dtype)
 
-    ours = mk.maxsim_paired if shape.paired else mk.maxsim
-    players = {OURS: lambda x: ours(x.q, x.d, x.offsets, max_length=shape.L)}
+    players = {OURS: ours(shape)}
     if not GPU:
         return players | {"eager": partial(eager, torch.float32)}
     players |= {"eager bfloat16": partial(eager, torch.bfloat16), "eager float32": partial(eager, torch.float32),
@@ -192,13 +199,14 @@ def gpu_ms(function: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def graph(function: Callable[[int], object]) -> Callable[[int], None] | None:
-    """The GPU's work for each copy, captured; None where it cannot be, because it waits for the CPU."""
+def graph(function: Callable[[int], object], pool=None) -> Callable[[int], None] | None:
+    """The GPU's work for each copy, captured; None where it cannot be, because it waits for the CPU. Graphs whose results
+    nobody reads may have one memory pool: each with its own would hold all contestants' similarities at once."""
     graphs = [torch.cuda.CUDAGraph() for _ in range(COPIES)]
     try:
         for copy, captured in enumerate(graphs):
             function(copy)
-            with torch.cuda.graph(captured):
+            with torch.cuda.graph(captured, pool=pool):
                 function(copy)
     except RuntimeError:
         torch.cuda.synchronize()
@@ -260,9 +268,12 @@ def errors_of(shape: Shape, name: str, scores_of: Callable[[Batch], Tensor], x: 
     return of_scores, max(of_gradients)
 
 
-def benchmark(out: Path, seconds: float) -> None:
+def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
     machine = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads, blockwise and eager"
     speeds = ceilings()
+    about = dict(machine=machine, dtype=str(DTYPE), torch=torch.__version__, commit=commit(),
+                 triton=getattr(mk.triton, "__version__", None), bytes_per_ms=speeds[0], flops_per_ms=speeds[1])
+    out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{machine}, {DTYPE}; copy {speeds[0] / 1e6:.0f} GB/s, matrix product {speeds[1] / 1e9:.2f} TFLOP/s\n")
     table = "{:27}{:18}{:26}{:>10}{:>18}{:>9}{:>10}{:>10}{:>8}  {}".format
     print(table("shape", "what", "who", "wall ms", "quartiles", "gpu ms", "extra MB", "roofline", "ours is",
@@ -271,34 +282,37 @@ def benchmark(out: Path, seconds: float) -> None:
 
     def compete(name: str, what: str, functions: dict, errors: dict, gradient_bytes: dict, least: float) -> None:
         wall = time_ms(functions, seconds)
-        graphs = {who: captured for who, f in functions.items() if GPU and (captured := graph(f))}
+        pool = torch.cuda.graph_pool_handle() if GPU else None
+        graphs = {who: captured for who, f in functions.items() if GPU and (captured := graph(f, pool))}
         gpu = time_ms(graphs, seconds, on_gpu=True) if graphs else {}
-        ours = next(iter(functions))
+        first = next(iter(functions))
         for who, function in functions.items():
-            taken, common = gpu.get(who, wall[who])[0], gpu if who in gpu and ours in gpu else wall
+            taken, common = gpu.get(who, wall[who])[0], gpu if who in gpu and first in gpu else wall
             row = dict(shape=name, what=what, who=who, wall_ms=wall[who], gpu_ms=gpu.get(who), errors=errors.get(who),
                        extra_mb=peak_mb(function, gradient_bytes.get(who, 0)), roofline=least / taken,
-                       ours_is_faster=common[who][0] / common[ours][0])
+                       ours_is_faster=common[who][0] / common[first][0])
             rows.append(row)
             print(table(name, what, who, f"{wall[who][0]:.3f}", "{:.3f}-{:.3f}".format(*wall[who][1:]),
                         f"{gpu[who][0]:.3f}" if who in gpu else "-", f"{row['extra_mb']:.1f}",
                         f"{row['roofline']:.0%}" if least else "-", f"{row['ours_is_faster']:.2f}x",
                         "{:.0e} {:.0e}".format(*errors[who]) if who in errors else "-"), flush=True)
 
-    for shape in SHAPES:
+    for shape in shapes:
         torch.compiler.reset()  # or torch.compile would give up after eight shapes
         batches = [Batch(shape, DTYPE, seed) for seed in range(COPIES)]
+        modes = {"forward": forward, "forward+backward": forward_backward, "with the losses": with_losses}
         players, errors = contestants(shape), {}
         for who, scores_of in list(players.items()):
             try:
                 errors[who] = errors_of(shape, who, scores_of, batches[0])
-            except (RuntimeError, ValueError, AssertionError) as reason:  # out of memory, a shape a peer does not take
-                print(f"{shape.name:27}{who} cannot: {str(reason).splitlines()[0][:80]}")
+                for mode in modes.values():
+                    mode(shape, who, scores_of, batches[0])
+            except Exception as reason:  # out of memory, a shape a peer does not take: the others go on without it
+                print(f"{shape.name:27}{who} cannot: {(str(reason).splitlines() or [repr(reason)])[0][:80]}", flush=True)
                 del players[who]
         of_scores, of_gradients = errors.get(OURS, (1, 1))
         if not (of_scores <= (2e-3 if GPU else 1e-5) and of_gradients <= (1e-2 if GPU else 1e-5)):
             sys.exit(f"{shape.name}: {OURS} does not agree with float64: scores {of_scores}, gradients {of_gradients}")
-        modes = {"forward": forward, "forward+backward": forward_backward, "with the losses": with_losses}
         for what, mode in modes.items():
             functions = {who: lambda copy, who=who, scores_of=scores_of: mode(shape, who, scores_of, batches[copy])
                          for who, scores_of in players.items()}
@@ -306,15 +320,24 @@ def benchmark(out: Path, seconds: float) -> None:
                        for who in players if mode != forward}
             compete(shape.name, what, functions, errors, n_bytes, least_ms(shape, batches[0], mode != forward, *speeds))
         del batches
+        write(rows, about, out)  # after each shape: a run that is cut short leaves what it has
     compete("losses 32x64, 50 pairs", "losses+gradient", loss_contestants(), {}, {}, 0)
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = dict(machine=machine, dtype=str(DTYPE), torch=torch.__version__, commit=commit,
-                 triton=getattr(mk.triton, "__version__", None), bytes_per_ms=speeds[0], flops_per_ms=speeds[1])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1))
-    plot([row for row in rows if row["what"] == "forward+backward"], machine, out.with_suffix(".png"))
+    write(rows, about, out)
     print(f"\nwrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+
+
+def commit() -> str | None:
+    """Of the code, where it is a checkout."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:  # no git
+        return None
+
+
+def write(rows: list[dict], about: dict, out: Path) -> None:
+    out.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+    if drawn := [row for row in rows if row["what"] == "forward+backward"]:
+        plot(drawn, about["machine"], out.with_suffix(".png"))
 
 
 def plot(rows: list[dict], machine: str, path: Path) -> None:
@@ -339,6 +362,7 @@ def plot(rows: list[dict], machine: str, path: Path) -> None:
     axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"MaxSim on {machine}")
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 # ---- --compile: what the compiler makes of the kernels, without a GPU ------------------------------------------------
@@ -408,30 +432,52 @@ def compile_all(targets: list[int]) -> None:
 # ---- --tune ----------------------------------------------------------------------------------------------------------
 
 
-def tune(seconds: float) -> None:
+def compile_row(row: tuple, dtype: torch.dtype, mode: Callable) -> None:
+    """In a process of its own: has Triton's cache on disk hold what these launch options make, if they can be compiled."""
+    mk.LAUNCH[torch.cuda.get_device_capability()[0], dtype.itemsize, 128] = row
+    for shape in SHAPES[:2]:
+        shape = shape._replace(K=1)  # as many columns, and fewer passages
+        try:
+            mode(shape, OURS, ours(shape), Batch(shape, dtype, 0))
+        except Exception:  # whoever measures it finds out again
+            pass
+
+
+def tune(out: Path, seconds: float) -> None:
     """The rows for dim 128: for each kernel the candidate with the least product of own block's and all pairs' time."""
     capability = torch.cuda.get_device_capability()[0]
     tiles = list(itertools.product((32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4)))
+    gathers = list(itertools.product((8, 16, 32, 64), (2, 4, 8)))
+    kernels = (forward, tiles), (forward_backward, tiles), (forward_backward, gathers)
+    found = dict(machine=torch.cuda.get_device_name(), torch=torch.__version__, triton=mk.triton.__version__, launch={}, times=[])
+    out.parent.mkdir(parents=True, exist_ok=True)
     for dtype in (torch.bfloat16, torch.float32):
         key = (capability, dtype.itemsize, 128)
         row = list(mk.LAUNCH.get(key) or mk.LAUNCH[0, *key[1:]])
+        rows = [(*row[:k], candidate, *row[k + 1:]) for k, (_, candidates) in enumerate(kernels) for candidate in candidates]
+        modes = [mode for mode, candidates in kernels for _ in candidates]
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(compile_row, rows, [dtype] * len(rows), modes))
         inputs = [(shape, Batch(shape, dtype, 0)) for shape in SHAPES[:2]]
-        ours = {shape: contestants(shape)[OURS] for shape, _ in inputs}
-        for kernel, candidates in enumerate((tiles, tiles, list(itertools.product((8, 16, 32, 64), (2, 4, 8))))):
-            mode, results = forward if kernel == 0 else forward_backward, []
+        for kernel, (mode, candidates) in enumerate(kernels):
+            results = []
             for row[kernel] in candidates:
                 mk.LAUNCH[key] = tuple(row)
                 try:
-                    graphs = {shape.paired: graph(lambda _, shape=shape, x=x: mode(shape, OURS, ours[shape], x))
+                    graphs = {shape.paired: graph(lambda _, shape=shape, x=x: mode(shape, OURS, ours(shape), x))
                               for shape, x in inputs}
                     times = time_ms(graphs, seconds / 20, on_gpu=True)
-                except (TypeError, mk.triton.OutOfResources):  # not captured, or larger than the GPU's shared memory
+                except Exception:  # not compiled, not captured, or larger than the GPU's shared memory
                     continue
                 results.append((times[True][0] * times[False][0], row[kernel], times[True][0], times[False][0]))
+                found["times"].append(dict(dtype=str(dtype), kernel=kernel, candidate=row[kernel], own_ms=times[True][0],
+                                           all_pairs_ms=times[False][0]))
             _, row[kernel], own, every = min(results)
             print(f"{dtype}, kernel {kernel}: {row[kernel]}, own {own:.3f} ms, all pairs {every:.3f} ms", flush=True)
+            found["launch"][str(key)] = row
+            out.with_name(out.name + "-tune.json").write_text(json.dumps(found))
         mk.LAUNCH[key] = tuple(row)
-        print(f"    {key}: {tuple(row)},")
+        print(f"    {key}: {tuple(row)},", flush=True)
 
 
 if __name__ == "__main__":
@@ -440,6 +486,8 @@ if __name__ == "__main__":
     parser.add_argument("--targets", type=int, nargs="+", default=list(TENSOR_CORES), choices=list(TENSOR_CORES))
     parser.add_argument("--tune", action="store_true", help="measure the launch table's rows on this GPU")
     parser.add_argument("--seconds", type=float, default=2, help="for each shape and what is timed (default: 2)")
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), choices=range(len(SHAPES)), metavar="N",
+                        help=f"only these: {', '.join(f'{n} {shape.name}' for n, shape in enumerate(SHAPES))}")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="default: results/bench")
     arguments = parser.parse_args()
     if arguments.compile:
@@ -449,6 +497,6 @@ if __name__ == "__main__":
     elif arguments.tune:
         if not GPU:
             sys.exit("--tune needs a GPU")
-        tune(arguments.seconds)
+        tune(arguments.out, arguments.seconds)
     else:
-        benchmark(arguments.out, arguments.seconds)
+        benchmark([SHAPES[n] for n in arguments.shapes], arguments.out, arguments.seconds)

@@ -262,7 +262,7 @@ class Teacher:
     def __init__(self, reader: nn.Module, identity: str, cache: "Cache | None" = None, desc: str | None = None):
         self.reader, self.identity, self.cache, self.desc = reader, identity, cache, desc
         self.asks = f"{identity} {reader.prompt}"  # what a score in the cache depends on, beside the texts
-        self.batch_tokens = 8192 if reader.model.device.type == "cpu" else 32768
+        self.window, self.batch_tokens = WINDOW, 8192 if reader.model.device.type == "cpu" else 32768
         self.asked = self.empty = self.tokens = self.padding = 0
         self.warned = False
 
@@ -272,7 +272,7 @@ class Teacher:
         Raises ValueError where the model returns NaN. What is computed is in the cache as soon as its batch is done.
         """
         items, out, recent = iter(items), [np.empty(0, np.float32)], {}
-        windows = iter(lambda: list(itertools.islice(items, WINDOW)), [])
+        windows = iter(lambda: list(itertools.islice(items, self.window)), [])
         with tqdm(total=total, desc=self.desc, disable=self.desc is None, leave=False, mininterval=1.0) as bar, \
                 ThreadPoolExecutor(1) as beside:  # which tokenizes a window while the one before it is computed
             ahead = (beside.submit(self._prepare, window) for window in windows)
@@ -534,27 +534,45 @@ PAPER = {"pointwise": (800_000 * 100, "800,000 queries x 100 passages"),
          "pairwise": (800_000 * 50 * 2, "800,000 queries x 50 pairs x 2 orders")}
 
 
+def made_texts(tokenizer, lengths: Iterable[int], rng: np.random.Generator) -> list[str]:
+    """Texts of so many tokens, each of them a word of the tokenizer's."""
+    words = np.array(sorted(w for token in tokenizer.get_vocab() if (w := token.strip("▁Ġ")).isalpha() and w.isascii()))
+    return [" ".join(rng.choice(words, n)) for n in lengths]
+
+
+def made_lengths(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Tokens of n passages as long as MS MARCO's: log-normal, 77 on average."""
+    return (71 * np.exp(0.42 * rng.standard_normal(n))).clip(8, 180).astype(int)
+
+
+def speed(teacher: Teacher, role: str, seconds: float = 20) -> dict:
+    """Items and tokens a second on texts as long as MS MARCO's, tokenizing included."""
+    tokenizer, rng, slow = teacher.reader.tokenizer, np.random.default_rng(0), teacher.reader.model.device.type == "cpu"
+    n = teacher.window = 1024 if slow else WINDOW
+    passages, queries = (np.array(made_texts(tokenizer, lengths, rng), dtype=object)
+                         for lengths in (made_lengths(n, rng), [6] * n))
+
+    def items(until: float) -> Iterator[tuple[str, ...]]:
+        while time.time() < until:
+            q, *d = rng.integers(0, n, (2 if role == "pointwise" else 3, 1024))
+            yield from zip(queries[q], *(passages[rows] for rows in d))
+
+    teacher.logits(itertools.islice(items(float("inf")), 64 if slow else 1024))  # warms up
+    start, teacher.tokens, teacher.padding, teacher.asked = time.time(), 0, 0, 0
+    while time.time() - start < seconds:  # a GPU's windows follow one another, as in a run; a CPU's are asked one by one
+        teacher.logits(itertools.islice(items(start + seconds), n if slow else None))
+    spent, n = time.time() - start, teacher.asked
+    return {"role": role, "items": n, "seconds": spent, "items/s": n / spent, "tokens/s": teacher.tokens / spent,
+            "tokens an item": teacher.tokens / n, "padding": teacher.padding / (teacher.tokens + teacher.padding),
+            "device": str(teacher.reader.model.device), "dtype": str(teacher.reader.model.dtype)}
+
+
 def bench(teacher: Teacher, role: str, seconds: float = 20) -> str:
-    """Items and tokens a second on texts as long as MS MARCO's, and what the counts of the paper (section 5.2) come to."""
-    words = [w for token in teacher.reader.tokenizer.get_vocab() if (w := token.strip("▁Ġ")).isalpha() and w.isascii()]
-    draw, rng = lambda n: " ".join(rng.choice(words, n)), np.random.default_rng(0)
-    lengths = (71 * np.exp(0.42 * rng.standard_normal(WINDOW))).clip(8, 180).astype(int)  # log-normal, mean 77
-    passages = [draw(n) for n in lengths]
-    few = 64 if teacher.reader.model.device.type == "cpu" else WINDOW
-    n_passages, items, start = 1 if role == "pointwise" else 2, 0, None
-    while start is None or time.time() - start < seconds:
-        chosen = rng.integers(0, WINDOW, (few, n_passages))
-        teacher.logits([(draw(6), *(passages[p] for p in row)) for row in chosen])
-        if start is None:  # the first window warms up
-            start, teacher.tokens, teacher.padding, few = time.time(), 0, 0, max(few, 1024)
-        else:
-            items += few
-    spent = time.time() - start
-    n, counts = PAPER[role]
-    return (f"{items:,} items of {teacher.tokens / items:.0f} tokens in {spent:.1f} s on {teacher.reader.model.device}, "
-            f"{teacher.reader.model.dtype}: {items / spent:,.1f} items/s, {teacher.tokens / spent:,.0f} tokens/s, padding "
-            f"{teacher.padding / (teacher.tokens + teacher.padding):.1%}\n"
-            f"the paper's {counts} = {n / 1e6:.0f} million items: {n / (items / spent) / 3600:,.0f} hours on one such device")
+    """The same as a sentence, and what the counts of the paper (section 5.2) come to."""
+    s, (n, counts) = speed(teacher, role, seconds), PAPER[role]
+    return (f"{s['items']:,} items of {s['tokens an item']:.0f} tokens in {s['seconds']:.1f} s on {s['device']}, {s['dtype']}: "
+            f"{s['items/s']:,.1f} items/s, {s['tokens/s']:,.0f} tokens/s, padding {s['padding']:.1%}\n"
+            f"the paper's {counts} = {n / 1e6:.0f} million items: {n / s['items/s'] / 3600:,.0f} hours on one such device")
 
 
 def main(argv: list[str]) -> int:

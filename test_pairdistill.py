@@ -634,7 +634,7 @@ def test_gradients_of_maxsim_are_those_of_finite_differences(backend, paired):
 def losses_numpy(scores, teacher, pairs, pair_probs, positive, tau, lambda_kd, lambda_pair, pair_reduction):
     """Sections 3.1, 3.3 and 4.2 of the paper, written out in float64."""
     scores, teacher, pair_probs = (x.detach().double().cpu().numpy() for x in (scores, teacher, pair_probs))
-    B, K = teacher.shape
+    positive, (B, K) = None if positive is None else positive.tolist(), teacher.shape
     cl, kd, pair, n_pairs = [], 0.0, 0.0, 0
     for b in range(B):
         first = b * K if scores.shape[1] != K else 0
@@ -684,7 +684,8 @@ def test_losses_agree_with_the_papers_formulas(labels, pair_reduction, backend, 
     given = scores.float() if backend == "triton" else scores
     got = pairdistill_loss(given, teacher, pairs, pair_probs, positive, backend=backend, **options)
     true = losses_numpy(scores, teacher, pairs, pair_probs, positive, **options)
-    np.testing.assert_allclose([x.item() for x in got], true, rtol=2e-6 if backend == "triton" else 1e-12, atol=1e-12)
+    fused = 2e-6 if DEVICE == "cpu" else 1e-5  # a GPU's exponential is good to some 2e-7
+    np.testing.assert_allclose([x.item() for x in got], true, rtol=fused if backend == "triton" else 1e-12, atol=1e-12)
     assert labels in ("labelled", "mixed") or got.cl == 0
 
 
@@ -708,7 +709,8 @@ def test_losses_of_two_queries_and_three_passages_by_hand():
 def test_gradients_of_the_losses_are_those_of_finite_differences(pair_reduction, in_batch):
     scores, *rest = loss_batch(in_batch=in_batch)
     options = dict(tau=0.7, pair_reduction=pair_reduction)
-    assert torch.autograd.gradcheck(lambda s: tuple(pairdistill_loss(s, *rest, **options)), (scores.requires_grad_(),))
+    losses = lambda s: tuple(pairdistill_loss(s, *rest, **options))
+    assert torch.autograd.gradcheck(losses, (scores.requires_grad_(),), nondet_tol=1e-12)  # a GPU adds in any order
 
 
 @IN_BATCH
@@ -821,7 +823,7 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     _, *rest = loss_batch(B=4, K=2)
     rest = [x[:2] for x in rest]
     inputs = q.requires_grad_(), d.requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, d: pairdistill_objective(q, d, offsets, *rest).total, inputs)
+    assert torch.autograd.gradcheck(lambda q, d: pairdistill_objective(q, d, offsets, *rest).total, inputs, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -2758,6 +2760,49 @@ def test_what_fails_on_one_rank_ends_all_is_said_once_and_the_run_goes_on(tmp_pa
     assert "done before" in finished(on_ranks(tmp_path, *command, FORK="2", MASTER_PORT=free_port()))
 
 
+# results/ -----------------------------------------------------------------------------------------------------------
+
+
+def load_script(path):
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location(Path(path).stem, HERE / "results" / path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_cost_of_the_papers_run_is_amounts_over_rates_and_what_is_not_measured_has_none():
+    cost = load_script("cost/cost.py")
+    rows = {row["stage"]: row for row in cost.cost({"encode": 2, "pairwise": 10, "train": 1000}, {})}
+    assert rows["encode"]["hours, 2 iterations"] == 3 * 8_800_000 / 2 / 3600  # once more, for the last student
+    assert rows["pairwise"]["hours, 3 iterations"] == 3 * 808_000 * 50 * 2 / 10 / 3600  # both orders
+    assert rows["train"]["hours, 2 iterations"] == 2 * 100_000 * 32 * (64 * 80 + 9) / 1000 / 3600
+    assert rows["code"]["a second"] is rows["retrieve"]["hours, 2 iterations"] is None and rows["pointwise"]["how"] == "not measured"
+    said = {"retrieve": [dict(engine="index", tokens=6 * 10**n, **{"q/s": 10 ** (9 - n), "build tokens/s": 7}) for n in (6, 7)]}
+    rate, how = cost.measured(said)  # ten times the tokens, a tenth of the speed
+    assert rate == {"code": 7, "retrieve": pytest.approx(10)} and "power -1.00, as measured" in how["retrieve"]
+
+
+def test_the_cost_without_a_gpu_is_predicted_and_says_so(tmp_path):
+    kept = json.loads((HERE / "results" / "cost" / "prediction.json").read_text())
+    command = [sys.executable, "results/cost/cost.py"]
+    done = subprocess.run([*command, "--predict", "--out", tmp_path / "now.json"], cwd=HERE, capture_output=True, text=True)
+    assert json.loads((tmp_path / "now.json").read_text()) == kept and kept["what"] == "predicted, not measured" in done.stdout
+    done = subprocess.run([*command, tmp_path / "none.json"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "no throughputs of a GPU have been measured" in done.stderr and not done.stdout
+
+
+def test_throughputs_are_what_the_cost_reads(tmp_path):
+    out = tmp_path / "throughput.json"
+    done = subprocess.run([sys.executable, "results/h200/throughput.py", "--tiny", "--out", out], cwd=HERE, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    said, cost = json.loads(out.read_text()), load_script("cost/cost.py")
+    assert said["tiny"] and len(said["kernels"]) == 12 and all(row["right"] and row["same_bits"] for row in said["kernels"])
+    rate, how = cost.measured(said)
+    assert rate.keys() == how.keys() == {row["stage"] for row in cost.cost(rate, how)} and min(rate.values()) > 0
+
+
 # README.md ----------------------------------------------------------------------------------------------------------
 
 def test_the_readmes_table_is_what_results_hold():
@@ -2807,10 +2852,7 @@ def test_the_readmes_retrieval_table_is_what_results_hold():
 
 
 def test_the_readmes_prediction_follows_from_the_indexes_measured():
-    from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location("measure", HERE / "results" / "retrieval" / "measure.py")
-    measure = module_from_spec(spec)
-    spec.loader.exec_module(measure)
+    measure = load_script("retrieval/measure.py")
     rows = measure.predict(sorted((HERE / "results" / "retrieval").glob("medquad*.json")))
     kept = json.loads((HERE / "results" / "retrieval" / "prediction.json").read_text())
     readme = (HERE / "README.md").read_text()
