@@ -268,16 +268,24 @@ def _wordpieces(texts: list[str], size: int):
 
 # Pairs --------------------------------------------------------------------------------------------------------------
 
-def sample_pairs(n_passages: int, n_pairs: int, delta: int | None, generator: torch.Generator) -> torch.Tensor:
+def sample_pairs(n_passages: int, n_pairs: int, delta: int | None, generator: torch.Generator,
+                 scores: torch.Tensor | None = None) -> torch.Tensor:
     """Pairs of near neighbours in the pointwise-reranked order (section 4.2): int64 [P, 2], i < j and j - i < delta.
 
     P = min(n_pairs, pairs available), without repeats, sorted; `delta=None` takes any pair (table 3's "- pair sampling
     heuristic"). # PAPER: delta 10 and 50 pairs of the top 100. The authors' code has j - i <= 5 and is not seeded.
+    # OURS: with `scores` [n_passages], the pointwise teacher's logits, a pair is drawn the sooner the less sure it is of it:
+    by p (1 - p), where p = sigmoid(s_i - s_j) is its probability that i answers better.
     """
     i, j = torch.triu_indices(n_passages, n_passages, offset=1)
     if delta is not None:
         i, j = i[j - i < delta], j[j - i < delta]
-    chosen = torch.randperm(len(i), generator=generator)[:n_pairs].sort().values
+    if scores is None or not n_pairs or not len(i):
+        chosen = torch.randperm(len(i), generator=generator)[:n_pairs]
+    else:
+        p = torch.sigmoid(scores[i].double() - scores[j].double())
+        chosen = torch.multinomial((p * (1 - p)).clamp(min=1e-12), min(n_pairs, len(i)), generator=generator)
+    chosen = chosen.sort().values
     return torch.stack([i[chosen], j[chosen]], dim=1)
 
 

@@ -76,6 +76,8 @@ class Config:
     kept: int = option(64, "passages of a query that are trained on, the best by the pointwise teacher", "64")
     n_pairs: int = option(50, "pairs of a query", "50")
     delta: int = option(10, "pairs are closer than this in the pointwise order; 0: any pair", "10")
+    pair_sampling: str = option("uniform", "uniform; unsure: of these pairs, rather those that the pointwise teacher is unsure of",
+                                "uniform")
     steps: int = option(100_000, "training steps of an iteration", "100,000")
     batch: int = option(32, "queries of a step, over all ranks", "32")
     positive: str = option("label", "of L_CL: label; teacher: the best passage by the pointwise teacher, of every query",
@@ -198,7 +200,7 @@ def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
 def check(config: Config) -> None:
     """What can be seen to be wrong before anything is loaded."""
     choices = dict(architecture=("colbert", "dpr"), orders=("both", "one"), pair_reduction=("mean", "sum"),
-                   positive=("label", "teacher"))
+                   positive=("label", "teacher"), pair_sampling=("uniform", "unsure"))
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: it is {' or '.join(allowed)}")
@@ -235,7 +237,7 @@ STAGES = {
                  "pointwise pairwise orders rerank rerank_pairs"),
     "retrieve": ("iter{t}/retrieved.npz", "iter{s}/student iter{s}/index", "retrieve_k train_queries"),
     "pointwise": ("iter{t}/pointwise.npz", "iter{t}/retrieved.npz teachers/pointwise", "pointwise labels positive"),
-    "pairwise": ("iter{t}/pairs.npz", "iter{t}/pointwise.npz teachers/pairwise", "pairwise orders labels positive kept n_pairs delta"),
+    "pairwise": ("iter{t}/pairs.npz", "iter{t}/pointwise.npz teachers/pairwise", "pairwise orders labels positive kept n_pairs delta pair_sampling"),
     "train": ("iter{t}/student iter{t}/checkpoint", "iter{t}/pairs.npz iter{s}/student",
               "start architecture dim steps batch negatives lr warmup temperature tau lambda_kd lambda_pair pair_reduction"),
 }
@@ -630,7 +632,8 @@ def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
             positive[r] = min(places[0], kept - 1)
         passages[r], point[r] = positions[r][row[:kept]], scores[r][row[:kept]]
         generator = torch.Generator().manual_seed((c.seed * 1009 + iteration) * 10_000_019 + int(queries[r]))
-        sampled = sample_pairs(n_ranked, c.n_pairs, c.delta or None, generator)
+        unsure = torch.from_numpy(point[r, :n_ranked]) if c.pair_sampling == "unsure" else None
+        sampled = sample_pairs(n_ranked, c.n_pairs, c.delta or None, generator, unsure)
         pairs[r, :len(sampled)] = sampled
     share = run.ranks.share(len(order))
     text = run.text([run.train_ids[q] for q in queries])

@@ -1233,11 +1233,11 @@ def test_a_steps_operations_are_those_of_its_products_of_matrices(encoder):
     from pairdistill import Speed
     from torch.utils.flop_counter import FlopCounterMode
     student = student_of(encoder)
-    batches, order = student.tokenize_passages(["the cat sat on the mat"] * 5)  # alike: no padding, which is not counted
+    passages = student.tokenize_passages(["the cat sat on the mat"] * 5)  # alike: no padding, which is not counted
     with FlopCounterMode(display=False) as counter:
-        student.embed_passages(batches, order)[0].sum().backward()
+        student.embed_passages(*passages)[0].sum().backward()
     speed = Speed(student, Ranks())
-    for _, attended in batches:
+    for _, attended in passages[0]:
         speed.add(attended.sum(1).numpy())
     assert speed.operations == pytest.approx(counter.get_total_flops(), rel=.05)  # the first layer's input needs none
     time.sleep(.01)
@@ -1304,6 +1304,15 @@ def test_pairs_are_near_ordered_distinct_and_as_many_as_there_are(n, wanted, del
 def test_pairs_follow_the_seed():
     draw = lambda seed: sample_pairs(64, 50, 10, torch.Generator().manual_seed(seed)).tolist()
     assert draw(1) == draw(1) != draw(2)
+
+
+def test_pairs_can_be_those_that_the_pointwise_teacher_is_unsure_of():
+    scores = torch.tensor([9., 5.1, 5., 4.9, 1., -60.])  # of the 15 pairs three are close, and the last passage's are none
+    drawn = Counter(tuple(pair) for seed in range(200)
+                    for pair in sample_pairs(6, 3, None, torch.Generator().manual_seed(seed), scores).tolist())
+    assert sum(drawn[pair] for pair in ((1, 2), (1, 3), (2, 3))) > 400 and drawn[4, 5] < 2
+    pairs = sample_pairs(6, 100, 3, torch.Generator().manual_seed(0), scores)
+    assert pairs.tolist() == sample_pairs(6, 100, 3, torch.Generator()).tolist() and len(pairs) == 9
 
 
 def test_every_epoch_holds_every_row_once():
@@ -2875,7 +2884,7 @@ def test_the_readmes_other_figures_are_what_results_hold():
         assert f"{share.lstrip('0')} of the time of PyLate's" in readme
     log = [json.loads(line) for line in open(HERE / "results" / "docs" / "log.jsonl")]
     stages = [row for row in log if "stage" in row]
-    assert (f"above, {sum(row['seconds'] for row in stages):.0f} s of stages, in which both ranks together held at most "
+    assert (f"above: {sum(row['seconds'] for row in stages):.0f} s of stages, in which both ranks together held at most "
             f"{max(row['peak_gb'] for row in stages):.1f} GB.") in readme
     students = [row["MRR@10"] for row in result("docs/metrics.json") if run.title_of(row).startswith("student")]
     assert students == sorted(students) and f"to {students[-1] / students[0]:.2f} times its baseline" in readme
