@@ -2888,3 +2888,10 @@ def test_the_readmes_other_figures_are_what_results_hold():
             f"{max(row['peak_gb'] for row in stages):.1f} GB.") in readme
     students = [row["MRR@10"] for row in result("docs/metrics.json") if run.title_of(row).startswith("student")]
     assert students == sorted(students) and f"to {students[-1] / students[0]:.2f} times its baseline" in readme
+    cost = result("cost/prediction.json")
+    pairwise, = (row["hours, 2 iterations"] for row in cost["rows"] if row["stage"] == "pairwise")
+    assert (f"{cost['hours, 2 iterations']:.0f} H100-hours for two iterations, {pairwise:.0f} of them duoT5-3B's") in readme
+    rows = [row for name in ("scifact", "squad", "medquad") for row in result(f"retrieval/{name}.json")["rows"]
+            if row["engine"] == "index" and row["passages"] > 5000 and row["nDCG@10"]]
+    one, many = [row["one_ms"] for row in rows], [row["q/s"] for row in rows]
+    assert f"in {min(one):.0f} to {max(one):.0f} ms and batches at {min(many):.0f} to {max(many):.0f} queries a second" in readme
