@@ -2895,3 +2895,27 @@ def test_the_readmes_other_figures_are_what_results_hold():
             if row["engine"] == "index" and row["passages"] > 5000 and row["nDCG@10"]]
     one, many = [row["one_ms"] for row in rows], [row["q/s"] for row in rows]
     assert f"in {min(one):.0f} to {max(one):.0f} ms and batches at {min(many):.0f} to {max(many):.0f} queries a second" in readme
+
+
+def test_students_of_two_runs_are_compared_query_by_query(tmp_path):
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location("compare", HERE / "results" / "experiments" / "compare.py")
+    compare = module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    names = [f"d{n}" for n in range(4)]
+    qrels = {"test": {f"q{n}": {names[n]: 1} for n in range(3)}}
+    data.save_collection(data.Collection("four", names, names, {f"q{n}": "word" for n in range(3)}, qrels), tmp_path / "data")
+    for run_name, order in (("a", [[0, 1], [0, 1], [0, 1]]), ("b", [[0, 1], [1, 0], [0, -1]])):
+        folder = tmp_path / run_name / "iter2"
+        folder.mkdir(parents=True)
+        np.savez(folder / "evaluated.npz", positions=np.array(order), scores=np.array([[2., 1.]] * 3))
+        config = run.Config(data=str(tmp_path / "data"), iters=0, pointwise="p", pairwise="p")
+        (tmp_path / run_name / "config.json").write_text(json.dumps({"preset": "docs", **dataclasses.asdict(config)}))
+    where, (a, b) = compare.compare({"a": [tmp_path / "a"], "b": [tmp_path / "b" / "iter2", tmp_path / "b"]}, "MRR@10")
+    assert where == "data, test" and a["MRR@10"] == pytest.approx(.5) and b["MRR@10"] == pytest.approx(2 / 3)
+    assert b["difference"] == pytest.approx(1 / 6) and b["p"] == 1 and b["seeds"] == [b["MRR@10"]] * 2
+    assert a["interval"][0] == 0 and a["interval"][1] == 1
+    draw = np.random.default_rng(0)
+    assert compare.p_value(np.full(20, .1), draw) < .001 and compare.p_value(np.tile([.1, -.1], 50), draw) == 1
+    with pytest.raises(ValueError, match="is not a run with an evaluated student"):
+        compare.per_query(tmp_path, "MRR@10")

@@ -1,0 +1,121 @@
+"""Students of finished runs held against each other, query by query.
+
+    python results/experiments/compare.py NAME=RUN[/iterN][,RUN...] ... [--metric nDCG@10] --out FILE.json [--plot FILE.png]
+
+A system is a name and the runs (of run.py, on the same collection and split) that are its seeds; of each the last student
+counts, or that of iterN. A query's value is its mean over the seeds. Written are, for each system, the mean over queries; its
+95% interval, by 10,000 bootstrap samples of the queries; the seeds' own means; and the difference to the first system with the
+p-value of a paired randomization test (both sides, 10,000 changes of signs).
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import ir_measures
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ranks import Ranks
+from run import Config, Run
+
+SAMPLES = 10_000
+
+
+def per_query(folder: Path, metric: str) -> tuple[str, dict[str, float]]:
+    """-> the collection and split, {query: value} of one student; a query without results has 0."""
+    if not folder.name.startswith("iter"):
+        evaluated = sorted(folder.glob("iter*/evaluated.npz"), key=lambda path: int(path.parent.name[4:]))
+        if not evaluated:
+            raise ValueError(f"{folder} is not a run with an evaluated student: it has no iterN/evaluated.npz")
+        folder = evaluated[-1].parent
+    if not (folder / "evaluated.npz").exists():
+        raise ValueError(f"{folder} has no evaluated.npz: give a run, or its iterN that was evaluated")
+    settings = json.loads((folder.parent / "config.json").read_text())
+    preset = settings.pop("preset")
+    run = Run(Config(**{**settings, "out": str(folder.parent)}), preset, None, Ranks(), dry=True)
+    file, ids = np.load(folder / "evaluated.npz"), run.data.passage_ids
+    found = {q: {ids[p]: float(s) for p, s in zip(row, scores) if p >= 0}
+             for q, row, scores in zip(run.eval_ids, file["positions"], file["scores"])}
+    measure = ir_measures.parse_measure(metric.replace("MRR", "RR"))
+    values = {row.query_id: row.value for row in ir_measures.iter_calc([measure], run.qrels, found)}
+    return f"{Path(run.config.data).name}, {run.config.split}", {q: values.get(q, 0.0) for q in run.qrels}
+
+
+def interval(values: np.ndarray, draw: np.random.Generator) -> list[float]:
+    means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(SAMPLES)]
+    return np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def p_value(differences: np.ndarray, draw: np.random.Generator) -> float:
+    """Of the paired randomization test (Smucker et al. 2007): how often changed signs give as large a mean difference."""
+    signs = draw.integers(0, 2, (SAMPLES, len(differences)), dtype=np.int8) * 2 - 1
+    return float((1 + (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9).sum()) / (1 + SAMPLES))
+
+
+def compare(systems: dict[str, list[Path]], metric: str) -> tuple[str, list[dict]]:
+    draw, rows, first, where = np.random.default_rng(0), [], None, None
+    for name, folders in systems.items():
+        seeds = []
+        for folder in folders:
+            here, values = per_query(folder, metric)
+            where, first_ids = where or here, first_ids if rows or seeds else list(values)
+            if here != where or list(values) != first_ids:
+                raise ValueError(f"{folder} was evaluated on other queries ({here}) than the runs before it ({where})")
+            seeds.append(np.array(list(values.values())))
+        mean = np.mean(seeds, 0)
+        rows.append({"system": name, metric: float(mean.mean()), "interval": interval(mean, draw), "queries": len(mean),
+                     "seeds": [float(seed.mean()) for seed in seeds]})
+        if first is None:
+            first = mean
+        else:
+            rows[-1] |= {"difference": float((mean - first).mean()), "p": p_value(mean - first, draw)}
+    return where, rows
+
+
+def plot(where: str, metric: str, rows: list[dict], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6.5, .8 + .35 * len(rows)), layout="constrained")
+    for y, row in enumerate(rows):
+        axes.plot(row["interval"], [y, y], color="tab:blue")
+        axes.plot(row["seeds"], [y] * len(row["seeds"]), "|", color="gray", markersize=12)
+        axes.plot(row[metric], y, "o", color="tab:blue")
+    axes.axvline(rows[0][metric], color="lightgray", zorder=0)
+    axes.set(yticks=range(len(rows)), yticklabels=[row["system"] for row in rows], xlabel=f"{metric} ({where})")
+    axes.invert_yaxis()
+    axes.set_title("mean, 95% of bootstrap samples of the queries; | a seed", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("systems", nargs="+", metavar="NAME=RUN,...")
+    parser.add_argument("--metric", default="nDCG@10")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    systems = {}
+    for system in args.systems:
+        name, _, folders = system.partition("=")
+        if not folders or name in systems:
+            parser.error(f"{system}: expected NAME=RUN[,RUN...], each name once")
+        systems[name] = [Path(folder) for folder in folders.split(",")]
+    try:
+        where, rows = compare(systems, args.metric)
+    except (ValueError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    args.out.write_text(json.dumps({"on": where, "metric": args.metric, "rows": rows}, indent=1))
+    for row in rows:
+        low, high = row["interval"]
+        versus = f"  {row['difference']:+.3f}, p {row['p']:.4f}" if "p" in row else ""
+        print(f"{row['system']:<32}{row[args.metric]:.3f}  [{low:.3f}, {high:.3f}]{versus}")
+    if args.plot:
+        plot(where, args.metric, rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
