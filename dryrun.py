@@ -98,7 +98,7 @@ def spell(seconds: float) -> str:
 def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
     """Prints what `run` would do on so many ranks in these stages, of which row_of gives the files."""
     c, started = run.config, time.time()
-    print("settings: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in dataclasses.asdict(c).items()))
+    print("settings: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in dataclasses.asdict(c).items() if v not in (None, "")))
     labelled = sum(map(bool, run.positives.values()))
     full = amounts(c, len(run.data.passages), len(run.train_ids), labelled, len(run.eval_ids))
     print(f"{c.data}: {len(run.data.passages):,} passages, {len(run.train_ids):,} training queries ({labelled:,} labelled), "
