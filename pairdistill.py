@@ -632,7 +632,8 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
         if not (in_batch and negatives):
             return objective(slice(None), d, offsets, step["first"])
         # A group may lie on two ranks: the result does not depend on their number.
-        n, first, K, total = step["counts"]["n_queries"], step["first"], own[0].shape[1], 0
+        n, first, K = step["counts"]["n_queries"], step["first"], own[0].shape[1]
+        total = torch.zeros(4, device=d.device) + 0 * d.sum()  # a rank without a query takes part in the exchange of gradients
         for g in range(groups := max(1, n // negatives)):
             start, end = n * g // groups, n * (g + 1) // groups
             a, b = max(start, first), min(end, first + len(q))
