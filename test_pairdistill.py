@@ -2882,6 +2882,9 @@ def test_the_readmes_other_figures_are_what_results_hold():
     for row in result("training/pylate.json")["rows"]:
         share = f"{row['of PyLate' + chr(39) + 's time']:.2f}"
         assert f"{share.lstrip('0')} of the time of PyLate's" in readme
+    row, = result("training/compile.json")["rows"]
+    share, longer = f"{row['of compiled' + chr(39) + 's time']:.2f}", row["first"]["compiled"] - row["first"]["ours"]
+    assert f"{share.lstrip('0')} of the time of a compiled encoder's step, which took {longer:.0f} s longer to begin" in readme
     log = [json.loads(line) for line in open(HERE / "results" / "docs" / "log.jsonl")]
     stages = [row for row in log if "stage" in row]
     assert (f"above: {sum(row['seconds'] for row in stages):.0f} s of stages, in which both ranks together held at most "
