@@ -237,7 +237,8 @@ STAGES = {
                  "pointwise pairwise orders rerank rerank_pairs"),
     "retrieve": ("iter{t}/retrieved.npz", "iter{s}/student iter{s}/index", "retrieve_k train_queries"),
     "pointwise": ("iter{t}/pointwise.npz", "iter{t}/retrieved.npz teachers/pointwise", "pointwise labels positive"),
-    "pairwise": ("iter{t}/pairs.npz", "iter{t}/pointwise.npz teachers/pairwise", "pairwise orders labels positive kept n_pairs delta pair_sampling"),
+    "pairwise": ("iter{t}/pairs.npz", "iter{t}/pointwise.npz teachers/pairwise",
+                 "pairwise orders labels positive kept n_pairs delta pair_sampling"),
     "train": ("iter{t}/student iter{t}/checkpoint", "iter{t}/pairs.npz iter{s}/student",
               "start architecture dim steps batch negatives lr warmup temperature tau lambda_kd lambda_pair pair_reduction"),
 }
