@@ -2901,10 +2901,7 @@ def test_the_readmes_other_figures_are_what_results_hold():
 
 
 def test_students_of_two_runs_are_compared_query_by_query(tmp_path):
-    from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location("compare", HERE / "results" / "experiments" / "compare.py")
-    compare = module_from_spec(spec)
-    spec.loader.exec_module(compare)
+    compare = load_script("experiments/compare.py")
     names = [f"d{n}" for n in range(4)]
     qrels = {"test": {f"q{n}": {names[n]: 1} for n in range(3)}}
     data.save_collection(data.Collection("four", names, names, {f"q{n}": "word" for n in range(3)}, qrels), tmp_path / "data")

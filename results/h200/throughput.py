@@ -114,9 +114,8 @@ def weights_a_token(model: torch.nn.Module) -> int:
                and "relative" not in name and ("decoder" not in name or "EncDecAttention.k" in name or "EncDecAttention.v" in name))
 
 
-def share_of_peak(operations_a_second: float) -> float | None:
-    peak = peak_flops(DEVICE)
-    return operations_a_second / peak if peak else None
+def share_of_peak(operations_a_second: float) -> float:
+    return operations_a_second / peak_flops(DEVICE)
 
 
 # Parts: each yields its rows ------------------------------------------------------------------------------------------

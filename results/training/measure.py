@@ -121,7 +121,7 @@ def main() -> None:
             workers = {name: subprocess.Popen([python, "-c", code, str(data), args.student, precision, str(home)], text=True,
                                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
                        for name, python, code in (("ours", sys.executable, OURS), ("PyLate", args.pylate, PYLATE),
-                                                        ("compiled", args.compile and sys.executable, COMPILED)) if python}
+                                                  ("compiled", args.compile and sys.executable, COMPILED)) if python}
 
             def turn(name: str, steps: int) -> dict:
                 workers[name].stdin.write(f"{steps}\n")
@@ -139,7 +139,7 @@ def main() -> None:
                 worker.kill()
             row = {"precision": precision, **{name: float(np.median([t[name]["s"] for t in turns])) for name in workers}}
             row["ours, tokens a second"] = int(np.median([t["ours"]["tokens_per_second"] for t in turns]))
-            for name in [name for name in workers if name != "ours"]:
+            for name in list(workers)[1:]:  # all but ours
                 row[f"of {name}'s time"] = float(np.median([t["ours"]["s"] / t[name]["s"] for t in turns]))
             results.append({**row, "first": first, "turns": [{name: round(said["s"], 4) for name, said in t.items()} for t in turns]})
             print(json.dumps(results[-1]), flush=True)
