@@ -105,6 +105,11 @@ class Index:
         lists = self.lists.cpu().numpy().view(np.uint16)
         return torch.from_numpy(np.argsort(lists, kind="stable").astype(np.int32)).to(self.device)  # 16 bits: a radix sort
 
+    @functools.cached_property
+    def small(self) -> Tensor:
+        """A small corpus's embeddings [T, E], a quarter of a gigabyte at most: decoded once, not for each query."""
+        return torch.cat([self._decode(t) for t in torch.arange(len(self.lists), device=self.device).split(DECODED)])
+
     @property
     def passage_ids(self) -> list[str] | None:
         path = self.folder / "passage_ids.json"
@@ -231,7 +236,8 @@ class Index:
         best = _Best(q, q_mask, k)
         for first, last in _runs(self.offsets, 8 * DECODED):
             offsets = self.offsets[first:last + 1]
-            d_TE = self._decode(torch.arange(int(offsets[0]), int(offsets[-1]), device=q.device))
+            s, e = int(offsets[0]), int(offsets[-1])
+            d_TE = self.small[s:e] if len(self.lists) < SMALL else self._decode(torch.arange(s, e, device=q.device))
             best.add(d_TE, offsets - offsets[0], first)
         return best.scores, best.positions
 

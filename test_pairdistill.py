@@ -2712,9 +2712,10 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_left_alone(tmp_path
         PAIRDISTILL_KILLS=20 python -m pytest -q -s -k killed_at_random_moments
     """
     flags = [] if KILLS else ["--data", str(random_words_folder(tmp_path / "data")), *TINY]
-    flags += ["--gpus", str(ranks)]
     environment = {"CHECKPOINT_EVERY": "20"} if KILLS else {}
-    finished(on_ranks(tmp_path, *flags, "--out", str(tmp_path / "calm"), **environment), timeout=3600)
+    finished(on_ranks(tmp_path, *flags, "--out", str(tmp_path / "calm"), FORK=str(ranks), MASTER_PORT=free_port(), **environment),
+             timeout=3600)
+    flags += ["--gpus", str(ranks)]
     stages = [r for line in open(tmp_path / "calm" / "log.jsonl") if "stage" in (r := json.loads(line))]
     ends = np.cumsum([r["seconds"] for r in stages])
     out, draw = tmp_path / "killed", np.random.default_rng(ranks)
@@ -2754,7 +2755,7 @@ def test_two_agents_of_torchrun_make_one_run_and_when_one_dies_it_is_gone_on_wit
     pair = agents("two")
     outputs = [agent.communicate(timeout=120)[0] for agent in pair]
     assert [agent.returncode for agent in pair] == [0, 0] and no_rank_is_left(pair[0]), outputs
-    finished(on_ranks(tmp_path, *command, "--gpus", "2", "--out", str(tmp_path / "one")))
+    finished(on_ranks(tmp_path, *command, "--out", str(tmp_path / "one"), FORK="2", MASTER_PORT=free_port()))
     assert weights_and_metrics(tmp_path / "two") == weights_and_metrics(tmp_path / "one")
 
 

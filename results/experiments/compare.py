@@ -1,11 +1,12 @@
 """Students of finished runs held against each other, query by query.
 
-    python results/experiments/compare.py NAME=RUN[/iterN][,RUN...] ... [--metric nDCG@10] --out FILE.json [--plot FILE.png]
+    python results/experiments/compare.py NAME=RUN[/iterN][,RUN...] ... [--metric nDCG@10] --out FILE.json
+    python results/experiments/compare.py FILE.json ... --plot FILE.png
 
 A system is a name and the runs (of run.py, on the same collection and split) that are its seeds; of each the last student
 counts, or that of iterN. A query's value is its mean over the seeds. Written are, for each system, the mean over queries; its
 95% interval, by 10,000 bootstrap samples of the queries; the seeds' own means; and the difference to the first system with the
-p-value of a paired randomization test (both sides, 10,000 changes of signs).
+p-value of a paired randomization test (both sides, 10,000 changes of signs). The lines printed are those of the README's table.
 """
 import argparse
 import json
@@ -73,19 +74,31 @@ def compare(systems: dict[str, list[Path]], metric: str) -> tuple[str, list[dict
     return where, rows
 
 
-def plot(where: str, metric: str, rows: list[dict], path: Path) -> None:
+def line(row: dict, metric: str) -> str:
+    """A row of the README's table."""
+    low, high = row["interval"]
+    versus = f"{row['difference']:+.3f} | {row['p']:.3f}" if "p" in row else " | "
+    return f"| {row['system']} | {len(row['seeds'])} | {row[metric]:.3f} | {low:.3f} to {high:.3f} | {versus} |"
+
+
+def plot(files: list[Path], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.5, .8 + .35 * len(rows)), layout="constrained")
-    for y, row in enumerate(rows):
-        axes.plot(row["interval"], [y, y], color="tab:blue")
-        axes.plot(row["seeds"], [y] * len(row["seeds"]), "|", color="gray", markersize=12)
-        axes.plot(row[metric], y, "o", color="tab:blue")
-    axes.axvline(rows[0][metric], color="lightgray", zorder=0)
-    axes.set(yticks=range(len(rows)), yticklabels=[row["system"] for row in rows], xlabel=f"{metric} ({where})")
-    axes.invert_yaxis()
-    axes.set_title("mean, 95% of bootstrap samples of the queries; | a seed", fontsize=9)
+    said = [json.loads(file.read_text()) for file in files]
+    sizes = [len(one["rows"]) for one in said]
+    figure, panels = plt.subplots(len(said), figsize=(7, .8 * len(said) + .28 * sum(sizes)), height_ratios=sizes,
+                                  layout="constrained", squeeze=False)
+    for axes, one in zip(panels[:, 0], said):
+        for y, row in enumerate(one["rows"]):
+            axes.plot(row["interval"], [y, y], color="tab:blue")
+            axes.plot(row["seeds"], [y] * len(row["seeds"]), "|", color="gray", markersize=12)
+            axes.plot(row[one["metric"]], y, "o", color="tab:blue")
+        axes.axvline(one["rows"][0][one["metric"]], color="lightgray", zorder=0)
+        axes.set(yticks=range(len(one["rows"])), yticklabels=[row["system"] for row in one["rows"]],
+                 xlabel=f"{one['metric']} ({one['on']})")
+        axes.invert_yaxis()
+    figure.suptitle("mean, and 95% of bootstrap samples of the queries; | is a seed", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -93,27 +106,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="+", metavar="NAME=RUN,...")
     parser.add_argument("--metric", default="nDCG@10")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    systems = {}
-    for system in args.systems:
-        name, _, folders = system.partition("=")
-        if not folders or name in systems:
-            parser.error(f"{system}: expected NAME=RUN[,RUN...], each name once")
-        systems[name] = [Path(folder) for folder in folders.split(",")]
+    if (args.out is None) == (args.plot is None):
+        parser.error("either --out, with NAME=RUN..., or --plot, with FILE.json..., is needed")
     try:
+        if args.plot:
+            plot([Path(name) for name in args.systems], args.plot)
+            return 0
+        systems = {}
+        for system in args.systems:
+            name, _, folders = system.partition("=")
+            if not folders or name in systems:
+                parser.error(f"{system}: expected NAME=RUN[,RUN...], each name once")
+            systems[name] = [Path(folder) for folder in folders.split(",")]
         where, rows = compare(systems, args.metric)
     except (ValueError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
     args.out.write_text(json.dumps({"on": where, "metric": args.metric, "rows": rows}, indent=1))
-    for row in rows:
-        low, high = row["interval"]
-        versus = f"  {row['difference']:+.3f}, p {row['p']:.4f}" if "p" in row else ""
-        print(f"{row['system']:<32}{row[args.metric]:.3f}  [{low:.3f}, {high:.3f}]{versus}")
-    if args.plot:
-        plot(where, args.metric, rows, args.plot)
+    print(*(line(row, args.metric) for row in rows), sep="\n")
     return 0
 
 

@@ -155,8 +155,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="default: the whole collection")
     parser.add_argument("--queries", type=int, default=300, help="the first so many of the split (default: 300)")
-    parser.add_argument("--plaid", metavar="PYTHON")
-    parser.add_argument("--plaid-up-to", type=int, default=20_000, metavar="N", help="passages (default: 20,000)")
+    parser.add_argument("--plaid", metavar="PYTHON", help="where `pylate` is installed; measured at the collection's own size")
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help="an .npz that keeps them for the next time")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--predict", type=Path, nargs="+", metavar="FILE")
@@ -185,7 +184,7 @@ def main() -> None:
         return evaluate(run, {qid: collection.qrels[args.split][qid] for qid in qids}, ["nDCG@10"])["nDCG@10"]
 
     rows = [row for n in args.sizes or [real] for row in measure(Stored(z["d"], z["offsets"]), q, mask, n, ndcg,
-                                                                  args.plaid if n <= args.plaid_up_to else None)]
+                                                                  args.plaid if n == real else None)]
     out = {"data": Path(args.data).name, "threads": torch.get_num_threads(), "queries": len(qids),
            "query tokens": float(mask.sum(1).float().mean()), "encode tokens/s": speed, "rows": rows}
     args.out.write_text(json.dumps(out, indent=1))
