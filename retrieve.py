@@ -9,12 +9,12 @@
 
 What is stored. K-means gives each token a centroid (2 bytes), then eight times one of 256 vectors for what is left
 (8 bytes), and FAISS's product quantizer a code of the rest, a byte for 4 dimensions (the size of the paper's 2 bits a
-dimension; 4 dimensions share 256 codewords, where 2 bits each would give them 4 values):
+dimension, but one of 256 codewords for the four together instead of one of 4 values for each):
 
     token  ~  (centroid + refinement_1 ... refinement_8 + [codeword_1 ... codeword_32]) / norm
 
 ColBERT renormalises too. Centroids and refinements are stored in a byte an element, as the codes that follow make up for
-the rounding: so there is room for twice as many centroids, which take a tenth of the squared error (SciFact, MiniLM).
+the rounding. So there is room for twice as many centroids, which lowers the squared error by a tenth (SciFact, MiniLM).
 
 Codes are in corpus order, so that a passage's tokens lie together. All files are memory-mapped: an index of any size
 opens at once. What lists hold which tokens follows from the codes, and is sorted when a search first needs it.
@@ -24,7 +24,7 @@ similar than the centroids of two thirds of these lists. (2) A passage is ranked
 that found nothing in it adds an imputed similarity, below those that count (XTR's idea). Each similarity is packed
 behind its query, passage and query token in one integer, so that one sort does both the grouping and the maximum. (One
 query alone has too few to gain by a shared decoding: it adds up its products with the tables, in a row a passage.)
-(3) The best 5 k candidates are decoded whole and scored exactly.
+(3) The best 5 k candidates (k + 600, where k is 150 or more) are decoded whole and scored exactly.
 
 OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
 rank better, so that half as many suffice.
@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gzip
+import hashlib
 import json
 import math
 import os
@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data import load_collection, read_queries
 from maxsim_kernel import maxsim, maxsim_paired
 from ranks import half, has_bfloat16
 
@@ -102,12 +103,12 @@ class Index:
     @functools.cached_property
     def order(self) -> Tensor:
         """The tokens' numbers [T], list by list. Sorted when first needed: on disk it would be a tenth of the index."""
-        lists = self.lists.cpu().numpy().view(np.uint16)
-        return torch.from_numpy(np.argsort(lists, kind="stable").astype(np.int32)).to(self.device)  # 16 bits: a radix sort
+        order = np.argsort(self.lists.cpu().numpy().view(np.uint16), kind="stable")  # 16 bits: a radix sort
+        return torch.from_numpy(order.astype(np.int32) if len(order) < 1 << 31 else order).to(self.device)
 
     @functools.cached_property
     def small(self) -> Tensor:
-        """A small corpus's embeddings [T, E], a quarter of a gigabyte at most: decoded once, not for each query."""
+        """A small corpus's embeddings [T, E], decoded once, not for each query: .27 GB at most, at 128 dimensions."""
         return torch.cat([self._decode(t) for t in torch.arange(len(self.lists), device=self.device).split(DECODED)])
 
     @property
@@ -141,6 +142,8 @@ class Index:
         folder = Path(folder)
         if not len(passages):
             raise ValueError(f"cannot build the index {folder}: there are no passages")
+        if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+            raise ValueError(f"cannot build the index {folder}: something else is there, which would be lost; name another folder")
         partial = folder.with_name(folder.name + ".tmp")
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -164,7 +167,8 @@ class Index:
         _code_share(student, passages, partial, sample, d_sample, sample_lengths, rank, world, asked)
         barrier()  # without it rank 0 would merge a part that is still growing
         if rank == 0:
-            _merge(partial, world, dict(format=FORMAT, student=student_digest, passages=len(passages), seed=seed,
+            _merge(partial, world, dict(format=FORMAT, student=student_digest, passages=len(passages),
+                                        texts=_digest(passages), seed=seed,
                                         normalised=bool((d_sample.float().norm(dim=1) - 1).abs().max() < .01)))
             if passage_ids is not None:
                 (partial / "passage_ids.json").write_text(json.dumps(list(passage_ids)))
@@ -241,38 +245,19 @@ class Index:
             best.add(d_TE, offsets - offsets[0], first)
         return best.scores, best.positions
 
-    @staticmethod
-    def _maxsim_by_place(q: Tensor, d_TE: Tensor, offsets: Tensor, q_mask: Tensor) -> Tensor:
-        """maxsim for thousands of queries on a CPU: the first tokens of many passages at once, then the second ones, …
-
-        The maximum is then elementwise on a tile that stays in the cache: four times as fast as blocks of whole passages.
-        """
-        lengths, order = offsets.diff().long().sort(descending=True)
-        q_XE, b_X = q[q_mask], q_mask.nonzero()[:, 0]
-        out = q.new_zeros(len(q), len(lengths))
-        for x in torch.arange(len(b_X)).split(512):
-            for n in torch.arange(len(lengths)).split(512):
-                best_XN = torch.full((len(x), len(n)), -torch.inf)
-                starts, live = offsets[:-1].long()[order[n]], lengths[n]
-                for place in range(int(live[0])):
-                    still = int((live > place).sum())  # a prefix: the longest passages come first
-                    best_XN[:, :still] = torch.maximum(best_XN[:, :still], q_XE[x] @ d_TE[starts[:still] + place].T)
-                best_XN[:, int((live > 0).sum()):] = 0  # an empty passage scores 0
-                part = q.new_zeros(len(q), len(n)).index_add_(0, b_X[x], best_XN)
-                out[:, order[n]] += part
-        return out
-
     def _search_lists(self, q: Tensor, q_mask: Tensor, k: int, C: int) -> tuple[Tensor, Tensor]:
-        candidates_BC = torch.cat([self._candidates(q[b:b + QUERIES_LISTED], q_mask[b:b + QUERIES_LISTED], k, C)
-                                   for b in range(0, len(q), QUERIES_LISTED)])
+        # So many that the keys, of 63 bits, do not overflow and the similarities with all centroids fit into 2 GB.
+        few, K = min((1 << 63 - GAIN_BITS) // (len(self) * q.shape[1]) - QUERIES_RANKED, QUERIES_LISTED), len(self.centroids)
+        few = max(min(few, (1 << 29) // (K * q.shape[1])), 1)
+        candidates_BC = torch.cat([self._candidates(q[b:b + few], q_mask[b:b + few], k, C) for b in range(0, len(q), few)])
         # On a CPU it pays to read a passage once for all queries that chose it; a GPU prefers few launches.
         score = self._score_paired if q.is_cuda else self._score_shared
         scores_BC = score(q, q_mask, candidates_BC).masked_fill_(candidates_BC < 0, -torch.inf)
         scores, top = scores_BC.topk(k)
         positions = candidates_BC.gather(1, top)
-        few = (candidates_BC[:, k - 1] < 0).nonzero().flatten()
-        if len(few):  # fewer than k passages have a token near the query's: these queries are compared with all
-            scores[few], positions[few] = self._search_all(q[few], q_mask[few], k)
+        lacking = (candidates_BC[:, k - 1] < 0).nonzero().flatten()
+        if len(lacking):  # fewer than k passages have a token near the query's: these queries are compared with all
+            scores[lacking], positions[lacking] = self._search_all(q[lacking], q_mask[lacking], k)
         return scores, positions
 
     def _candidates(self, q: Tensor, q_mask: Tensor, k: int, C: int) -> Tensor:
@@ -280,7 +265,7 @@ class Index:
         (B, Q, _), N = q.shape, len(self)
         b_X, i_X = q_mask.nonzero(as_tuple=True)
         q_XE = q[b_X, i_X]
-        # The fewer passages are wanted, or the fewer tokens a query has, the fewer or more lists each token visits.
+        # A token visits fewer lists where fewer passages are wanted, and more where the query has few tokens.
         probes = max(min(PROBES, PROBES // 4 + k // 4), k // 50)
         probes_X = (SHORT * probes // q_mask.sum(1)[b_X]).clamp(min=probes, max=len(self.centroids) - 1)
         # One query's products with all rows of the tables serve below.
@@ -383,12 +368,8 @@ class Index:
         for first, last in _runs(token_bounds, DECODED):
             d_TE = self._decode(_ragged(self.offsets[passages[first:last]], lengths[first:last]))
             mine = slice(pair_bounds[first], pair_bounds[last])
-            if len(q) == 1:  # half of maxsim's time, which pads the passages
-                place_T = torch.arange(last - first, device=q.device).repeat_interleave(lengths[first:last])
-                sims_TX = d_TE @ _sixteens(q_XE.T)
-                best_PX = sims_TX.new_full((last - first, sims_TX.shape[1]), -torch.inf)
-                best_PX.scatter_reduce_(0, place_T[:, None].expand_as(sims_TX), sims_TX, "amax")
-                scores[pair[mine]] = best_PX[:, :len(q_XE)].sum(1)
+            if len(q) == 1:
+                scores[pair[mine]] = _maxsim_alone(q_XE, d_TE, token_bounds[first:last + 1] - token_bounds[first])
                 continue
             n_tokens_mine = n_tokens[query[mine]]
             x_X = _ragged(_bounds(n_tokens)[query[mine]], n_tokens_mine)  # all tokens of all queries of all passages
@@ -422,6 +403,36 @@ class Index:
         return d_TE
 
 
+# MaxSim of passages as they come: on a CPU, maxsim's padded blocks are slow -------------------------------------------
+
+def _maxsim_by_place(q: Tensor, d_TE: Tensor, offsets: Tensor, q_mask: Tensor) -> Tensor:
+    """maxsim for thousands of queries on a CPU: the first tokens of many passages at once, then the second ones, …
+
+    The maximum is then elementwise on a tile that stays in the cache: four times as fast as blocks of whole passages.
+    """
+    lengths, order = offsets.diff().long().sort(descending=True)
+    q_XE, b_X = q[q_mask], q_mask.nonzero()[:, 0]
+    out = q.new_zeros(len(q), len(lengths))
+    for x in torch.arange(len(b_X)).split(512):
+        for n in torch.arange(len(lengths)).split(512):
+            best_XN = torch.full((len(x), len(n)), -torch.inf)
+            starts, live = offsets[:-1].long()[order[n]], lengths[n]
+            for place in range(int(live[0])):
+                still = int((live > place).sum())  # a prefix: the longest passages come first
+                best_XN[:, :still] = torch.maximum(best_XN[:, :still], q_XE[x] @ d_TE[starts[:still] + place].T)
+            best_XN[:, int((live > 0).sum()):] = 0  # an empty passage scores 0
+            part = q.new_zeros(len(q), len(n)).index_add_(0, b_X[x], best_XN)
+            out[:, order[n]] += part
+    return out
+
+
+def _maxsim_alone(q_XE: Tensor, d_TE: Tensor, offsets: Tensor) -> Tensor:
+    """maxsim [N] of one query, of the tokens that are not masked, on a CPU: its passages are not padded."""
+    sims_TX, filled = d_TE @ _sixteens(q_XE.T), offsets.diff() > 0
+    best = np.maximum.reduceat(sims_TX.numpy(), offsets[:-1][filled].numpy(), 0)[:, :len(q_XE)]
+    return sims_TX.new_zeros(len(filled)).masked_scatter_(filled, torch.from_numpy(best).sum(1))
+
+
 class _Best:
     """The best k passages of q [B, Q, E] among those added so far: scores, positions [B, up to k]."""
 
@@ -431,11 +442,20 @@ class _Best:
 
     def add(self, d_TE: Tensor, offsets: Tensor, first: int) -> None:
         """Passages from number `first` on: passage first + n is d_TE[offsets[n]:offsets[n + 1]]."""
-        score = maxsim if self.q.is_cuda else Index._maxsim_by_place
-        scores = torch.cat([self.scores, score(self.q, d_TE, offsets.int(), self.q_mask)], 1)
+        if len(self.q) == 1 and not self.q.is_cuda:
+            new = _maxsim_alone(self.q[self.q_mask], d_TE, offsets)[None]
+        else:
+            new = (maxsim if self.q.is_cuda else _maxsim_by_place)(self.q, d_TE, offsets.int(), self.q_mask)
+        scores = torch.cat([self.scores, new], 1)
         numbers = torch.arange(first, first + len(offsets) - 1, device=self.q.device).expand(len(self.q), -1)
         self.scores, top = scores.topk(min(self.k, scores.shape[1]))
         self.positions = torch.cat([self.positions, numbers], 1).gather(1, top)
+
+
+def _digest(passages: Sequence[str]) -> str:
+    """Of their number and of 10,000 of them, evenly spaced."""
+    some = (passages[n] for n in range(0, len(passages), -(-len(passages) // 10_000)))
+    return hashlib.blake2b(json.dumps([len(passages), *some]).encode(), digest_size=8).hexdigest()
 
 
 # Ragged rows, and integers that hold two things -----------------------------------------------------------------------
@@ -666,7 +686,7 @@ def _fill_in(student, passages: Sequence[str], numbers: np.ndarray, known: np.nd
 
 
 def _merge(folder: Path, world: int, manifest: dict) -> None:
-    """The ranks' files, one after the other, are the corpus; the lists follow from it; the manifest comes last."""
+    """The ranks' files, one after the other, are the corpus; the lists follow from it."""
     for name in ("codes", "lists", "lengths"):
         with open(folder / f"{name}.0", "ab") as whole:
             for rank in range(1, world):
@@ -679,7 +699,8 @@ def _merge(folder: Path, world: int, manifest: dict) -> None:
         path.unlink()
     T, M = len(lists), os.path.getsize(folder / "codes") // len(lists) - REFINEMENTS
     K = os.path.getsize(folder / "centroids") // (M * CODED)
-    arrays = dict(list_starts=np.append(0, np.bincount(lists, minlength=K).cumsum()),
+    n_tokens = sum(np.bincount(part, minlength=K) for part in np.array_split(lists, 1 + (T >> 24)))  # it makes int64 of them
+    arrays = dict(list_starts=np.append(0, n_tokens.cumsum()),
                   offsets=np.append(0, lengths.cumsum()))
     for name, array in arrays.items():
         array.astype(DTYPES[name]).tofile(folder / name)
@@ -696,6 +717,7 @@ def _measure(index: Index, q: Tensor, q_mask: Tensor, folder: Path, world: int) 
     scores, positions = (np.concatenate([part[name] for part in parts], 1) for name in ("scores", "positions"))
     k = min(DEPTH, len(index))
     exact = np.take_along_axis(positions, np.argsort(-scores, 1, kind="stable")[:, :k], 1)
+    index.search(q[:1], k, q_mask[:1])  # the first search sorts the tokens by their lists
     start = time.time()
     found = index.search(q, k, q_mask)[1].cpu().numpy()
     spent = time.time() - start
@@ -711,9 +733,10 @@ def _measure(index: Index, q: Tensor, q_mask: Tensor, folder: Path, world: int) 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     try:
+        queries = read_queries(Path(args.queries))[0] if args.queries else {}  # before an index is built
         student, index, collection = _open(args)
         if args.queries:
-            _write_run(student, index, Path(args.queries), Path(args.run), args.k)
+            _write_run(student, index, queries, Path(args.run), args.k)
         elif args.question:
             _answer(student, index, collection, args.question, args.k)
         else:
@@ -741,7 +764,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.student and args.question is None:  # then the only word is the question
         args.folder, args.question = None, args.folder
-    if bool(args.folder) == bool(args.student) or bool(args.student) != bool(args.data and args.index):
+    if bool(args.folder) == bool(args.student) or not bool(args.student) == bool(args.data) == bool(args.index):
         parser.error("give either a RUN or --student, --data and --index, all three")
     if bool(args.queries) != bool(args.run):
         parser.error("--queries FILE and --run OUT go together")
@@ -754,7 +777,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _open(args: argparse.Namespace):
     """The student, its index (built where there is none yet) and the collection that the command line names."""
     from transformers.utils import logging  # here, as a library's user may never need it, and it takes seconds
-    from data import load_collection
     from pairdistill import Student, digest
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -772,8 +794,10 @@ def _open(args: argparse.Namespace):
         index = Index.build(student, collection.passages, index_folder, passage_ids=collection.passage_ids,
                             student_digest=identity, queries=list(collection.queries.values())[:MEASURED])
         print(f"{len(index):,} passages, {len(index.codes):,} tokens, {index.measured}", file=sys.stderr)
-    index = Index.load(index_folder, student.device, identity)
-    if index.passage_ids != list(collection.passage_ids):
+    else:
+        index = Index.load(index_folder, student.device, identity)
+    texts = _digest(collection.passages)
+    if index.passage_ids != list(collection.passage_ids) or index.manifest.get("texts", texts) != texts:
         raise ValueError(f"{index_folder} is the index of another collection than {data}: give another folder")
     return student, index, collection
 
@@ -785,10 +809,10 @@ def _newest(run: Path) -> tuple[Path, Path, str]:
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is not a run's folder: it has no config.json that names its data") from None
     finished = [folder for folder in run.glob("iter[0-9]*")
-                if (folder / "student").is_dir() and (folder / "index" / "manifest.json").exists()]
+                if folder.name[4:].isdigit() and (folder / "student").is_dir() and (folder / "index" / "manifest.json").exists()]
     if not finished:
         raise ValueError(f"{run} has no finished iteration yet: no iterN with a student and its index")
-    newest = max(finished, key=lambda folder: int(folder.name.removeprefix("iter")))
+    newest = max(finished, key=lambda folder: int(folder.name[4:]))
     copy = run / "collection"  # as it was when the run began
     return newest / "student", newest / "index", str(copy) if copy.exists() else data
 
@@ -811,26 +835,12 @@ def _answer(student, index: Index, collection, question: str, k: int) -> None:
             print(textwrap.fill(snippet, 110, initial_indent=" " * 14, subsequent_indent=" " * 14))
 
 
-def _read_queries(path: Path) -> dict[str, str]:
-    queries: dict[str, str] = {}
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                name, text = str(row["_id"]), row["text"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {number}: expected {{"_id": ..., "text": ...}}') from None
-            if not text or name in queries:
-                raise ValueError(f"{path}, line {number}: query {name} is {'there twice' if text else 'empty'}")
-            queries[name] = text
-    return queries
-
-
 @torch.no_grad()
-def _write_run(student, index: Index, queries_file: Path, out: Path, k: int) -> None:
+def _write_run(student, index: Index, queries: dict[str, str], out: Path, k: int) -> None:
     """A line for each query and passage, "qid Q0 passage rank score tag": a finished file or none."""
-    queries, names, beside = _read_queries(queries_file), index.passage_ids, out.with_name(out.name + ".tmp")
-    qids = list(queries)
+    qids, names, beside = list(queries), index.passage_ids, out.with_name(out.name + ".tmp")
+    if spaced := next((name for name in (*qids, *names) if len(name.split()) != 1), None):
+        raise ValueError(f"{out}: a TREC run separates by spaces, and the id {spaced!r} has one: give it another in the collection")
     with open(beside, "w", encoding="utf-8") as file, tqdm(total=len(qids), desc="search", unit=" queries") as bar:
         for start in range(0, len(qids), QUERIES):
             part = qids[start:start + QUERIES]
