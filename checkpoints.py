@@ -39,21 +39,34 @@ AGAIN = "fetch it or save it again"
 
 # Reading ------------------------------------------------------------------------------------------------------------
 
+LOADING = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # what transformers raises for what it cannot load
+
+
+def load_model(auto, name: str, optional: str = "", **options):
+    """auto.from_pretrained(name) -> the model, and which tensors the checkpoint lacks, as transformers has drawn them at
+    random; only those whose names begin with `optional` may be. Raises ValueError in one sentence."""
+    try:
+        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+    except LOADING as e:
+        raise ValueError(cannot_load(name, e)) from e
+    lacking = sorted(info["missing_keys"])
+    if others := [k for k in lacking if not (optional and k.startswith(optional))]:
+        raise ValueError(f"the weights in {name} lack {len(others)} of the model's tensors, such as {others[0]}: the file is "
+                         f"incomplete, or its names have another prefix than {model.base_model_prefix!r}; {AGAIN}")
+    return model, lacking
+
+
 def load_encoder(name: str):
     """An encoder, every tensor of it from the checkpoint, and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer
     # A pooler has no part in a token embedding: without it there is nothing untrained to save.
     pooler = {"add_pooling_layer": False} if (_json(name, "config.json") or {}).get("model_type") == "bert" else {}
     try:
-        encoder, info = AutoModel.from_pretrained(name, output_loading_info=True, **pooler)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
+    except LOADING as e:
         raise ValueError(cannot_load(name, e)) from e
-    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
-    if missing:  # transformers has drawn them at random
-        raise ValueError(f"the weights in {name} lack {len(missing)} of the encoder's tensors, such as {missing[0]}: the file "
-                         f"is incomplete, or its names have another prefix than {encoder.base_model_prefix!r}; {AGAIN}")
-    if info["missing_keys"]:
+    encoder, missing = load_model(AutoModel, name, "pooler.", **pooler)
+    if missing:
         encoder.pooler = None
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id) or (
             len(tokenizer) <= len(tokenizer.all_special_tokens)):
@@ -260,7 +273,10 @@ def digest(folder: str | Path) -> str:
     folder = Path(folder)
     for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
         if path.suffix in (".safetensors", ".bin", ".json", ".metadata"):
-            h.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+            h.update(path.relative_to(folder).as_posix().encode())
+            with open(path, "rb") as file:
+                for part in iter(lambda: file.read(1 << 24), b""):
+                    h.update(part)
     return h.hexdigest()
 
 

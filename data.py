@@ -35,6 +35,7 @@ import shutil
 import sysconfig
 import tempfile
 import unicodedata
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -409,7 +410,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield f"{path}, line {number}", line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, after line {number}: not UTF-8 text ({error.reason}); save it as UTF-8.") from None
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}, after line {number}: cannot be read ({error}); copy it here again.") from None
 
 
@@ -484,7 +485,7 @@ def _read_qrels(path: Path, queries: Mapping[str, str], ids: Ids) -> dict[str, d
 
 # ir_datasets ---------------------------------------------------------------------------------------------------------
 
-SUBSETS = ("train/judged", "train", "dev/small", "dev", "test", "trec-dl-2019/judged", "trec-dl-2020/judged")
+SUBSETS = ("train", "train/judged", "dev/small", "dev", "test", "trec-dl-2019/judged", "trec-dl-2020/judged")
 
 
 def load_ir_datasets(name: str) -> Collection:

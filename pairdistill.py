@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import string
 import time
@@ -57,6 +58,10 @@ class Student(nn.Module):
         super().__init__()
         if architecture not in ("colbert", "dpr"):
             raise ValueError(f"architecture {architecture!r}: it is colbert or dpr")
+        most = getattr(encoder.config, "max_position_embeddings", math.inf)
+        if not 4 <= min(query_length, passage_length) <= max(query_length, passage_length) <= most:
+            raise ValueError(f"query_length {query_length} and passage_length {passage_length}: expected 4 (with [CLS], marker and "
+                             f"[SEP]) to {most}, which is what this encoder reads")
         self.encoder, self.tokenizer, self.chunk = encoder, tokenizer, chunk
         width = encoder.config.hidden_size
         self.linear = nn.Linear(width, dim, bias=False) if dim else nn.Identity()
@@ -273,7 +278,7 @@ def sample_pairs(n_passages: int, n_pairs: int, delta: int | None, generator: to
     """Pairs of near neighbours in the pointwise-reranked order (section 4.2): int64 [P, 2], i < j and j - i < delta.
 
     P = min(n_pairs, pairs available), without repeats, sorted; `delta=None` takes any pair (table 3's "- pair sampling
-    heuristic"). # PAPER: delta 10 and 50 pairs of the top 100. The authors' code has j - i <= 5 and is not seeded.
+    heuristic"). # PAPER: delta 10 and 50 pairs. The authors' code has j - i <= 5 and is not seeded.
     # OURS: with `scores` [n_passages], the pointwise teacher's logits, a pair is drawn the sooner the less sure it is of it:
     by p (1 - p), where p = sigmoid(s_i - s_j) is its probability that i answers better.
     """
@@ -370,7 +375,7 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    history: list[list[float]] = []
+    history: list[torch.Tensor] = []
     start = _resume(checkpoint_folder, model, optimizer, history, ranks)
     model.train()
     bar = tqdm(range(start, steps), desc=desc, initial=start, total=steps, disable=not ranks.first, leave=False,
@@ -391,18 +396,15 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
             batch = next(batches)
-            terms = memory.agreed(gradients, batch) if memory else gradients(batch)
-            if terms is None:
-                memory.lower()
+            while (terms := memory.agreed(gradients, batch) if memory else gradients(batch)) is None:
+                memory.lower()  # which raises the second time
                 batches = _ahead(prepare, step, steps)  # the batch made ahead was cut into the old chunks
                 batch = next(batches)
-                if (terms := memory.agreed(gradients, batch)) is None:
-                    memory.lower()
             history.append(sum_gradients(model, terms, ranks))
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             stop = sigterm.came  # asked once: what comes from here on is for the next step, which leaves a checkpoint
-            due = checkpoint_folder and (step + 1 < steps) and ((step + 1) % checkpoint_every == 0 or stop)
+            due = checkpoint_folder and (stop or step + 1 < steps and (step + 1) % checkpoint_every == 0)
             if step % 10 == 9 or step + 1 == steps or due:  # not at each step: a GPU would wait for the answer
                 _refuse_nan(history, checked, checkpoint_folder, batch_of, ranks)
                 checked = step + 1
@@ -435,7 +437,8 @@ def _refuse_nan(history: list, checked: int, folder: Path | None, batch_of, rank
 
 
 def _save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list) -> None:
-    """Everything that a step reads, written beside and renamed. There is no random state: it follows from the step."""
+    """What a step reads, written beside and renamed. There is no random state: dropout's follows from the step (and from
+    `chunk`: a GPU with less free memory draws others after it)."""
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     for n, slots in optimizer.state_dict()["state"].items():
         state.update({f"optimizer.{n}.{k}": v for k, v in slots.items()})
@@ -633,7 +636,7 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
             return objective(slice(None), d, offsets, step["first"])
         # A group may lie on two ranks: the result does not depend on their number.
         n, first, K = step["counts"]["n_queries"], step["first"], own[0].shape[1]
-        total = torch.zeros(4, device=d.device) + 0 * d.sum()  # a rank without a query takes part in the exchange of gradients
+        total = torch.zeros(4, device=d.device)
         for g in range(groups := max(1, n // negatives)):
             start, end = n * g // groups, n * (g + 1) // groups
             a, b = max(start, first), min(end, first + len(q))

@@ -2,7 +2,7 @@
 
 A rank is one process with one device. All ranks hold the same weights and walk the same global batches; each works on
 its contiguous share of the rows, and what is split is put together again in rank order, so that no result depends on
-the number of ranks. One process takes the same path with a world of 1.
+the number of ranks, but for rounding and what dropout draws. One process takes the same path with a world of 1.
 
 The gradient of a global batch is the *sum* of the ranks' gradients, because every loss is normalised by global counts.
 The authors' ColBERT averages losses that each rank normalised by its own counts, and reads the same rows on every rank.
@@ -117,7 +117,7 @@ def sum_gradients(model: torch.nn.Module, terms: torch.Tensor, ranks: Ranks) -> 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies in it."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 def half(device: torch.device) -> torch.autocast:
@@ -215,7 +215,7 @@ class AfterStep:
     def _note(self, *_) -> None:
         self.came = True
         if not self.ranks.first:
-            signal.alarm(8)  # ends a rank that waits for one that is gone
+            signal.alarm(25)  # ends a rank that waits for one that is gone, before torchrun kills it after 30 s
 
     def __enter__(self):
         return self

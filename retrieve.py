@@ -814,7 +814,7 @@ def _newest(run: Path) -> tuple[Path, Path, str]:
         raise ValueError(f"{run} has no finished iteration yet: no iterN with a student and its index")
     newest = max(finished, key=lambda folder: int(folder.name[4:]))
     copy = run / "collection"  # as it was when the run began
-    return newest / "student", newest / "index", str(copy) if copy.exists() else data
+    return newest / "student", newest / "index", str(copy) if data == "docs" and copy.exists() else data
 
 
 def _ask() -> str:

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -181,7 +182,7 @@ def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
                         "that they need by small runs of each; nothing is written into --out")
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        paper = f"; paper: {f.metadata['paper']}" if f.metadata["paper"] else ""
+        paper = f.metadata["paper"] and f"; {'' if f.metadata['paper'].startswith('authors') else 'paper: '}{f.metadata['paper']}"
         by_preset = ", ".join(f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p)
         type_ = f.type.removesuffix(" | None")
         kind = (dict(action=argparse.BooleanOptionalAction) if type_ == "bool" else
@@ -330,6 +331,12 @@ class Run:
         held_out = {*judged, *self.eval_ids}
         # Queries without judgements are distilled on too (section 5.2): 800K of which 500K are labelled.
         self.train_ids = [q for q in self.data.queries if q in train or q not in held_out]
+        for name, queries, used in (("batch", min(config.batch, len(self.train_ids)), config.iters),
+                                    ("base_batch", config.base_batch, config.base_steps),
+                                    ("teacher_batch", teacher_queries(config), is_trained(config.pointwise) or is_trained(config.pairwise))):
+            if used and queries < ranks.world:  # a rank without a query would leave the exchange of gradients
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a step has {queries} queries, fewer than the "
+                                 f"{ranks.world} ranks; give more queries, or fewer --gpus")
         if config.queries:
             more = {f"queries:{q}": text for q, text in read_queries(Path(config.queries))[0].items()}
             self.data, self.train_ids = dataclasses.replace(self.data, queries={**self.data.queries, **more}), list(more)
@@ -356,11 +363,12 @@ class Run:
         self.collection = digest_of_collection(self.data)
         self.made = json.loads(manifest.read_text()) if manifest.exists() else {}  # {stage: what it is made of}
         last = max([c.iters, *(int(stage[4:].split("/")[0]) for stage in self.made)])
-        stages = plan(dataclasses.replace(c, iters=last))
-        if restart and restart not in stages:
-            raise ValueError(f"--restart-from {restart}: the stages are {', '.join(stages)}")
+        planned = plan(dataclasses.replace(c, iters=last))
+        if restart and restart not in planned:
+            raise ValueError(f"--restart-from {restart}: the stages are {', '.join(planned)}")
+        stages = plan(dataclasses.replace(c, iters=last, rerank=1))  # with --rerank 0, what was reranked before goes too
         self.redone = redone = stages[stages.index(restart):] if restart else []
-        for stage in stages[:len(stages) - len(redone)]:
+        for stage in [stage for stage in planned if stage not in redone]:
             now = self.settings(stage)
             then = self.made.get(stage, {}).get("settings", now) if self.begun(stage) else now
             differ = [f"--{k.replace('_', '-')} ({then[k]} there, {now[k]} now)" for k in now if then.get(k, now[k]) != now[k]]
@@ -372,9 +380,10 @@ class Run:
         for stage in reversed(redone):  # the last one first: what is left is always the beginning of a run
             for path in row_of(stage)[0]:
                 discard(self.out / path)
-        if c.data != "docs":
-            discard(self.out / "collection")
         self.out.mkdir(parents=True, exist_ok=True)
+        log = self.out / "log.jsonl"
+        if log.exists() and not (text := log.read_text()).endswith("\n"):  # a full disk cut its last line
+            write(log, text[:text.rfind("\n") + 1])
         write(self.out / "config.json", json.dumps({"preset": preset, **dataclasses.asdict(c)}, indent=1))
 
     def settings(self, stage: str) -> dict:
@@ -397,7 +406,7 @@ class Run:
     def _record(self, stage: str) -> None:
         """Notes in stages.json what a stage is made of, before it is made; of one that is, compares the files."""
         (result, *others), reads, names = row_of(stage)
-        specs = {getattr(self.config, n).removeprefix("train:") for n in names if n in ("student", "start", "pointwise", "pairwise")}
+        specs = {re.sub("^(train|t5|instruct):", "", getattr(self.config, n)) for n in names if n in ("student", "start", "pointwise", "pairwise")}
         paths = {name: self.out / name for name in reads} | {s: Path(s) for s in specs - {"", "scratch"} if Path(s).is_dir()}
         # A file that was removed to save room is not compared.
         now = {name: digest_of(path) for name, path in paths.items() if path.exists()}
@@ -420,8 +429,9 @@ class Run:
     def evaluate(self, found: dict[str, dict[str, float]]) -> dict[str, float]:
         """The metrics of {query: {passage: score}}: by judgements, and by answers where the queries have them."""
         answered = [q for q in self.eval_ids if q in self.data.answers]
+        metrics = [m for m in METRICS if m != "R@1000" or self.config.eval_k >= 1000]
         return {**(answer_metrics(found, self.data, answered) if answered else {}),
-                **(evaluate(found, self.qrels, METRICS) if self.qrels else {})}
+                **(evaluate(found, self.qrels, metrics) if self.qrels else {})}
 
     def note(self, **row) -> None:
         if self.ranks.first:
@@ -599,7 +609,7 @@ def with_positive(positions: np.ndarray, gold: list[int]) -> np.ndarray:
 
 def rerank_pointwise(run: Run, teacher, folder: Path) -> None:
     import torch
-    found = np.load(folder / "retrieved.npz")
+    found = dict(np.load(folder / "retrieved.npz"))  # a file's array is read anew whenever it is named
     share = run.ranks.share(len(found["queries"]))
     qids = [run.train_ids[q] for q in found["queries"]]
     gold = run.positives if run.config.positive == "label" else {}
@@ -611,7 +621,11 @@ def rerank_pointwise(run: Run, teacher, folder: Path) -> None:
 
 
 def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
-    """Keeps the best passages in the pointwise order, samples pairs of near neighbours, asks the pairwise teacher."""
+    """Keeps the best passages in the pointwise order, samples pairs of near neighbours, asks the pairwise teacher.
+
+    # PAPER: D_pair is of the k = 100 retrieved passages. # OURS: of the `kept` ones, as training scores no others. A labelled
+    # passage that was not retrieved takes the last place (with_positive), so that L_CL has its positive; the paper is silent.
+    """
     import torch
     from pairdistill import sample_pairs
     from teachers import preference
@@ -693,6 +707,9 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     groups = [(run.data.queries[q], passages[run.positives[q][0]],
                [passages[p] for p in row if p in answers and p not in run.positives[q]]) for q, row in zip(qids, mined["positions"])]
     groups = [g for g in groups if g[2]]
+    if len(groups) < run.ranks.world:
+        raise ValueError(f"--{role} {getattr(c, role)}: {len(groups)} labelled queries retrieved a passage that answers another one, "
+                         f"too few to train a teacher; give more labels or a larger --retrieve-k, or name a teacher that is trained")
     common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length or 32,
                   passage_length=c.teacher_length, batch=teacher_queries(c))
     spec, folder, twin = getattr(c, role), run.out / "teachers" / ("writing." + role), run.out / "teachers" / "pointwise"
@@ -864,7 +881,7 @@ def finish(run: Run) -> None:
     for r in sorted(rows, key=lambda r: (r["system"] != "bm25", r["iteration"], r["system"] != "student", r["system"] != "pointwise")):
         print(f"  {title_of(r):<40}" + "".join(f"{r[m]:>11.3f}" for m in names))
     picture(run, rows)
-    print(f"\n{run.out}/report.png has the picture; the best student is {run.out}/iter{run.config.iters}/student")
+    print(f"\n{run.out}/report.png has the picture; the last student is {run.out}/iter{run.config.iters}/student")
     print(f"search with it: python retrieve.py {run.out} \"how do I join two paths\"   ({time.time() - run.started:.0f} s in all)")
 
 

@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from pairdistill import LEVELS, MARKS, Batches, cannot_load, digest, fit
+from checkpoints import LOADING, cannot_load, digest, load_model
+from pairdistill import LEVELS, MARKS, Batches, fit
 from ranks import Ranks, has_bfloat16, refuse
 
 TEMPLATES = {  # (role, family): prompt, the answer that speaks for the (first) passage, the other one
@@ -62,7 +63,7 @@ class Classifier(nn.Module):
         self.model, self.tokenizer, config = model, tokenizer, model.config
         self.max_length = min(512, getattr(config, "max_position_embeddings", 512))
         # What train_pointwise and train_pairwise wrote into config.json; of no meaning to other checkpoints.
-        self.query_length = getattr(config, "query_length", 64)
+        self.query_length = getattr(config, "query_length", self.max_length // 2)
         self.passage_length = getattr(config, "passage_length", self.max_length)
         self.match = getattr(config, "match_types", False)
         self.prompt = f"[CLS] {self.query_length} [SEP] {self.passage_length} [SEP] {self.max_length}"
@@ -98,7 +99,7 @@ class Classifier(nn.Module):
         length = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([i + [self.tokenizer.pad_token_id] * (length - len(i)) for i, _ in batch], device=device)
         segments = torch.tensor([s + [-1] * (length - len(s)) for _, s in batch], device=device)
-        types = self._match_types(ids, segments) if self.match else (segments % 2).clamp(min=0)
+        types = self._match_types(ids, segments) if self.match else segments % 2
         has_types = getattr(self.model.config, "type_vocab_size", 0) > 1
         out = self.model(input_ids=ids, attention_mask=(segments >= 0).long(),
                          **({"token_type_ids": types} if has_types else {}))
@@ -157,7 +158,8 @@ class Prompted(nn.Module):
         return text
 
     def sequences(self, items: list[tuple[str, ...]]) -> list[tuple[list[int], None]]:
-        """Passages are cut, all alike, until the prompt fits: its end, which asks the question, is never lost."""
+        """Passages are cut, all alike, until the prompt fits, and a query that would take more than half of it is cut to that:
+        its end, which asks the question, is never lost."""
         special = not (self.tokenizer.chat_template and not self.model.config.is_encoder_decoder)
         encode = lambda texts: self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         ids = encode([self._prompt(item) for item in items])
@@ -165,14 +167,16 @@ class Prompted(nn.Module):
             if len(ids[n]) <= self.max_length:
                 continue
             query, *passages = item
-            self.cut += len(passages)
+            query, cut = self._cut(query, self.max_length // 2), passages
             frame = len(encode([self._prompt((query, *[""] * len(passages)))])[0])
             budget = (self.max_length - frame) // len(passages)
             while len(ids[n]) > self.max_length and budget > 0:  # a cut text can have a token more than it was cut to
-                ids[n] = encode([self._prompt((query, *[self._cut(p, budget) for p in passages]))])[0]
+                cut = [self._cut(p, budget) for p in passages]
+                ids[n] = encode([self._prompt((query, *cut))])[0]
                 budget -= 1
             if len(ids[n]) > self.max_length:
                 raise ValueError(f"the query {query[:60]!r}… leaves no room for passages in {self.max_length} tokens")
+            self.cut += sum(short != whole for short, whole in zip(cut, passages))
         return [(i, None) for i in ids]
 
     def _cut(self, text: str, budget: int) -> str:
@@ -208,17 +212,21 @@ def answer_in_float32(head: nn.Linear, rows: list[int]) -> nn.Linear:
     return answer
 
 
+def _split(spec: str) -> tuple[str, str]:
+    """t5:NAME or instruct:NAME, which says how a language model is asked where its name does not -> (t5, NAME)."""
+    given, _, rest = spec.partition(":")
+    return (given, rest) if given in ("t5", "instruct") else ("", spec)
+
+
 def _load(spec: str, role: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """spec may begin with t5: or instruct:, which says how a language model is asked where its name does not."""
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
                               AutoModelForSequenceClassification, AutoTokenizer)
-    given, _, rest = spec.partition(":")
-    given, spec = (given, rest) if given in ("t5", "instruct") else ("", spec)
+    given, spec = _split(spec)
     # Float16 overflows in T5; bfloat16 does not.
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
     try:
         config, tokenizer = AutoConfig.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError, ImportError) as e:
+    except LOADING as e:
         raise ValueError(cannot_load(spec, e)) from e
     kind = (config.architectures or [""])[0]
     if "SequenceClassification" in kind:
@@ -238,10 +246,7 @@ def _load(spec: str, role: str, device: torch.device, dtype: torch.dtype | None)
     family = given or ("t5" if "monot5" in name or "duot5" in name else "instruct")
     if "duot5" in name and role == "pointwise" or "monot5" in name and role == "pairwise":
         raise ValueError(f"{spec} is a {'pairwise' if 'duot5' in name else 'pointwise'} reranker, not a {role} one")
-    try:
-        model = auto.from_pretrained(spec, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, ImportError) as e:
-        raise ValueError(cannot_load(spec, e)) from e
+    model = load_model(auto, spec, dtype=dtype)[0].to(device).eval()
     if auto is AutoModelForSequenceClassification:
         where, head = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
         model.set_submodule(where, answer_in_float32(head, [0]))
@@ -368,6 +373,7 @@ def preference(asked: np.ndarray) -> np.ndarray:
 
 def _identity(spec: str, model: nn.Module) -> str:
     """Which weights: a digest of a local folder, or a name with the Hub's revision."""
+    spec = _split(spec)[1]
     if Path(spec).is_dir():
         return digest(spec)
     return f"{spec}@{getattr(model.config, '_commit_hash', None)}"
@@ -397,7 +403,8 @@ def load_pairwise(spec: str, orders: str = "both", *, device="cpu", cache: "Cach
 # Scores asked before ------------------------------------------------------------------------------------------------
 
 def key_of(asks: str, item: tuple[str, ...]) -> bytes:
-    """16 bytes: 8 for the teacher with its prompt and the query, so that a query's rows lie together, and 8 for all."""
+    """16 bytes: a digest of the teacher, its prompt and the query, so that a query's rows lie together; then one of these
+    and the passages."""
     digests = (hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
                for texts in ((asks, item[0]), (asks, *item)))
     return b"".join(digests)
@@ -457,7 +464,10 @@ def _new_classifier(encoder: str | Path, role: str, device: torch.device, seed: 
                     passage_length: int) -> Classifier:
     """Any encoder with a new head of one output; matches are marked where it has token types for it."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-    config = AutoConfig.from_pretrained(encoder, num_labels=1)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(encoder, num_labels=1), AutoTokenizer.from_pretrained(encoder)
+    except LOADING as e:
+        raise ValueError(cannot_load(encoder, e)) from e
     config.match_types = getattr(config, "type_vocab_size", 0) >= MARKS + 2 * LEVELS
     config.teacher_role, config.query_length, config.passage_length = role, query_length, passage_length
     with torch.random.fork_rng(devices=[]):
@@ -465,7 +475,7 @@ def _new_classifier(encoder: str | Path, role: str, device: torch.device, seed: 
         model = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
     if config.match_types:  # the marks are read off these vectors: trained on a few labels, they say less of other words
         model.base_model.embeddings.requires_grad_(False)
-    return Classifier(model.to(device), AutoTokenizer.from_pretrained(encoder))
+    return Classifier(model.to(device), tokenizer)
 
 
 def _save(reader: Classifier, folder: str | Path) -> None:
@@ -584,12 +594,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=20, help="how long to measure (default: 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(argv)
+    if given.seconds <= 0:
+        parser.error(f"--seconds {given.seconds}: expected more than 0")
     load = {"pointwise": load_pointwise, "pairwise": load_pairwise}
     role = given.role or ("pairwise" if "duot5" in given.spec.lower() else "pointwise")
     try:
         print(f"{given.spec}, {role}: " + bench(load[role](given.spec, device=given.device), role, given.seconds))
         return 0
-    except ValueError as e:
+    except (ValueError, RuntimeError) as e:  # such as no CUDA
         return refuse(e)
 
 

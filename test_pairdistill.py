@@ -324,6 +324,7 @@ def test_ir_datasets_subsets_become_splits(monkeypatch, tmp_path):
     fake.registry = {
         "set": FakeSet(passages),
         "set/train": FakeSet(passages, [FakeText("q1", "one"), FakeText("q2", "two")], [FakeQrel("q1", "d1", 1)]),
+        "set/train/judged": FakeSet(passages, [FakeText("q1", "one")], [FakeQrel("q1", "d1", 1)]),
         "set/dev": FakeSet(passages, [FakeText("q4", "the large one")], [FakeQrel("q4", "d2", 1)]),
         "set/dev/small": FakeSet(passages, [FakeText("q3", "three")], [FakeQrel("q3", "d2", 2)]),
         "nopassages": FakeSet(),
@@ -2263,7 +2264,7 @@ def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path,
     assert "120 passages, 90 training queries (60 labelled), 30 held-out queries" in printed
     rows = json.loads((out / "metrics.json").read_text())
     assert [(r["system"], r["iteration"]) for r in rows] == [("bm25", 0), ("student", 0), ("pointwise", 0), ("pairwise", 0), ("student", 1)]
-    assert all(0 <= r[m] <= 1 for r in rows for m in run.METRICS)
+    assert all(0 <= r[m] <= 1 for r in rows for m in run.METRICS if m != "R@1000") and "R@1000" not in rows[0]  # 100 are retrieved
     student = {r["iteration"]: r["MRR@10"] for r in rows if r["system"] == "student"}
     assert student[0] > 0.3  # 120 passages at random: .02
     pairs = np.load(out / "iter1" / "pairs.npz")
@@ -2293,7 +2294,7 @@ def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path,
 
 
 def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and_that_can_be_made_again(tmp_path, capsys):
-    data_folder, out = random_words_folder(tmp_path / "data"), tmp_path / "run"
+    data_folder, out = random_words_folder(tmp_path / "run" / "collection"), tmp_path / "run"  # the user's, so it is kept
     command = ["--data", str(data_folder), "--out", str(out), *TINY, "--rerank", "0"]
     assert run.main([*command, "--iters", "0"]) == 0
     student = (out / "iter0" / "student" / "model.safetensors").read_bytes()
@@ -2316,7 +2317,13 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     assert " 540 of 540 scores" in printed and np.load(out / "iter1" / "pairs.npz")["pairs"].shape == (90, 3, 2)
     assert (out / "iter0" / "student" / "model.safetensors").read_bytes() == student
     assert (out / "iter1" / "student" / "model.safetensors").read_bytes() != weights
+    stages = out / "stages.json"
+    stages.write_text(json.dumps({**json.loads(stages.read_text()), "iter2/retrieve": {}}))
+    (out / "iter1" / "reranked.json").write_text("[]")  # from when --rerank was not 0
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"iteration": 1, "st')  # the disk was full
     assert run.main([*command, "--restart-from", "iter1/pairwise"]) == 0  # as it was before
+    assert not (out / "iter1" / "reranked.json").exists() and all(map(json.loads, open(out / "log.jsonl")))
     assert (out / "iter1" / "student" / "model.safetensors").read_bytes() == weights
 
     (out / "iter1" / "pairs.npz").unlink()  # made again, it is the same
@@ -2329,6 +2336,16 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[:-1]))
     message = refused(capsys, *command)
     assert "--data (digest " in message and "--restart-from iter0/student" in message
+
+
+def test_a_step_with_fewer_queries_than_ranks_is_refused_before_anything_is_made(tmp_path):
+    ranks = types.SimpleNamespace(first=True, world=4, barrier=lambda: None)
+    config = run.Config(data=str(random_words_folder(tmp_path / "data")), out=str(tmp_path / "run"), batch=3)
+    with pytest.raises(ValueError, match="--batch 3: a step has 3 queries, fewer than the 4 ranks"):
+        run.Run(config, "msmarco", None, ranks)
+    with pytest.raises(ValueError, match="--teacher-batch 6: a step has 3 queries"):
+        run.Run(dataclasses.replace(config, batch=4, teacher_batch=6, pointwise="scratch"), "msmarco", None, ranks)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_tells_stages_counts_and_costs_and_writes_nothing(tmp_path, capsys):
@@ -2473,7 +2490,7 @@ def test_a_student_is_evaluated_without_teachers_or_training_queries_and_a_query
     assert "0 training queries (0 labelled), 4 held-out queries" in printed
     assert "queries of 12 tokens, filled with [MASK]s, passages of 20 at most" in printed
     bm25, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert (bm25["system"], student["system"]) == ("bm25", "student") and set(run.METRICS) <= student.keys()
+    assert (bm25["system"], student["system"]) == ("bm25", "student") and {"MRR@10", "nDCG@10"} <= student.keys()
     found = np.load(tmp_path / "run" / "iter0" / "evaluated.npz")["positions"]
     assert found.shape == (4, 5) and (found >= 0).all() and not any(n in row for n, row in enumerate(found))
     assert "no training queries" in refused(capsys, *command, "--iters", "1")
