@@ -1114,6 +1114,12 @@ def test_a_dense_encoder_pools_as_it_was_trained_or_starts_a_colbert(encoder, tm
     assert_same_embeddings(student_of(str(tmp_path)), student_of(encoder))
 
 
+@pytest.mark.parametrize("lengths", [dict(passage_length=9999), dict(query_length=3)])
+def test_lengths_that_the_encoder_cannot_read_are_refused(encoder, lengths):
+    with pytest.raises(ValueError, match="expected 4 .* to [0-9]+, which is what this encoder reads"):
+        Student.from_pretrained(encoder, **lengths)
+
+
 def drop_tensors(*suffixes, rename=lambda k: k):
     def damage(folder):
         from safetensors.torch import save_file
@@ -1132,7 +1138,7 @@ def as_colbert(folder):
 
 
 @pytest.mark.parametrize("damage, message", [
-    ([drop_tensors("key.weight")], "lack 1 of the encoder's tensors, such as .*attention.self.key.weight: the file is incomplete"),
+    ([drop_tensors("key.weight")], "lack 1 of the model's tensors, such as .*attention.self.key.weight: the file is incomplete"),
     ([drop_tensors("gone", rename=lambda k: k.replace("bert.", "model."))], "lack .* tensors, .*another prefix than 'bert'"),
     ([lambda f: os.truncate(f / "model.safetensors", 9000)], "cannot load the folder .*|cannot be read as weights .*incomplete"),
     ([lambda f: os.truncate(f / "1_Dense" / "model.safetensors", 500)], "1_Dense/model.safetensors cannot be read .*incomplete"),
@@ -1677,6 +1683,12 @@ def test_what_a_teacher_cannot_do_is_said_in_one_sentence(trained_teachers, tmp_
             (teachers.load_pointwise, str(tmp_path / "nowhere"), "cannot load .*nowhere")):
         with pytest.raises(ValueError, match=message):
             load(spec)
+    drop_tensors("classifier.weight")(Path(shutil.copytree(point, tmp_path / "headless")))
+    with pytest.raises(ValueError, match="headless lack 1 of the model's tensors, such as classifier.weight"):
+        teachers.load_pointwise(str(tmp_path / "headless"))
+    with pytest.raises(ValueError, match="cannot load .*nowhere"):
+        teachers.train_pointwise(str(tmp_path / "nowhere"), [("cat", TEXTS[0], TEXTS[1:2])], tmp_path, negatives=1, steps=1, batch=1,
+                                 lr=1e-3, query_length=8, passage_length=20)
     two = shutil.copytree(point, tmp_path / "two")
     config = AutoConfig.from_pretrained(point, num_labels=2)
     config.architectures = ["BertForSequenceClassification"]
@@ -1783,6 +1795,13 @@ def test_a_long_prompt_keeps_its_end_and_both_passages_are_cut_alike(t5):
     text = tokenizer.decode(ids)
     first, second = (tokenizer(x.split(":", 1)[1])["input_ids"] for x in text.replace("Relevant", "Document").split("Document")[1:3])
     assert 50 < len(ids) <= 60 and ids[-len(end):] == end and abs(len(first) - len(second)) <= 2
+    (ids, _), = teacher.reader.sequences([("cat " * 200, TEXTS[4] * 9, "fox")])  # so is a query that leaves no room
+    assert 50 < len(ids) <= 60 and ids[-len(end):] == end and teacher.reader.cut == 3
+
+
+def test_the_key_of_a_local_teacher_is_its_weights_however_it_is_named(t5):
+    folder, model, _ = t5
+    assert teachers._identity(f"t5:{folder}", model) == teachers._identity(folder, model) == checkpoints.digest(folder)
 
 
 def test_an_answer_of_more_than_one_token_is_refused(t5):
