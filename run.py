@@ -331,12 +331,6 @@ class Run:
         held_out = {*judged, *self.eval_ids}
         # Queries without judgements are distilled on too (section 5.2): 800K of which 500K are labelled.
         self.train_ids = [q for q in self.data.queries if q in train or q not in held_out]
-        for name, queries, used in (("batch", min(config.batch, len(self.train_ids)), config.iters),
-                                    ("base_batch", config.base_batch, config.base_steps),
-                                    ("teacher_batch", teacher_queries(config), is_trained(config.pointwise) or is_trained(config.pairwise))):
-            if used and queries < ranks.world:  # a rank without a query would leave the exchange of gradients
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a step has {queries} queries, fewer than the "
-                                 f"{ranks.world} ranks; give more queries, or fewer --gpus")
         if config.queries:
             more = {f"queries:{q}": text for q, text in read_queries(Path(config.queries))[0].items()}
             self.data, self.train_ids = dataclasses.replace(self.data, queries={**self.data.queries, **more}), list(more)
@@ -350,6 +344,12 @@ class Run:
         if not self.train_ids and (config.iters or config.base_steps or any(map(is_trained, (config.pointwise, config.pairwise)))):
             raise ValueError(f"{config.data}: no training queries: qrels/train.tsv is missing or empty, and every query is "
                              f"judged in another split")
+        for name, queries, used in (("batch", min(config.batch, len(self.train_ids)), config.iters),
+                                    ("base_batch", config.base_batch, config.base_steps),
+                                    ("teacher_batch", teacher_queries(config), is_trained(config.pointwise) or is_trained(config.pairwise))):
+            if used and queries < ranks.world:  # a rank without a query would leave the exchange of gradients
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a step has {queries} queries, fewer than the "
+                                 f"{ranks.world} ranks; give more queries, or fewer --gpus")
         labels = train if config.labels else {}
         self.positives = {q: [self.number[p] for p, grade in sorted(labels.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
                           for q in self.train_ids}
