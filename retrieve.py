@@ -246,10 +246,10 @@ class Index:
         return best.scores, best.positions
 
     def _search_lists(self, q: Tensor, q_mask: Tensor, k: int, C: int) -> tuple[Tensor, Tensor]:
-        # So many that the keys, of 63 bits, do not overflow and the similarities with all centroids fit into 2 GB.
-        few, K = min((1 << 63 - GAIN_BITS) // (len(self) * q.shape[1]) - QUERIES_RANKED, QUERIES_LISTED), len(self.centroids)
-        few = max(min(few, (1 << 29) // (K * q.shape[1])), 1)
-        candidates_BC = torch.cat([self._candidates(q[b:b + few], q_mask[b:b + few], k, C) for b in range(0, len(q), few)])
+        # So many queries that the keys, of 63 bits, do not overflow, and that their similarities with all centroids take 2 GB.
+        n = min(QUERIES_LISTED, (1 << 63 - GAIN_BITS) // (len(self) * q.shape[1]) - QUERIES_RANKED)
+        n = max(min(n, (1 << 29) // (len(self.centroids) * q.shape[1])), 1)
+        candidates_BC = torch.cat([self._candidates(q[b:b + n], q_mask[b:b + n], k, C) for b in range(0, len(q), n)])
         # On a CPU it pays to read a passage once for all queries that chose it; a GPU prefers few launches.
         score = self._score_paired if q.is_cuda else self._score_shared
         scores_BC = score(q, q_mask, candidates_BC).masked_fill_(candidates_BC < 0, -torch.inf)

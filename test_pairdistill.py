@@ -2924,6 +2924,16 @@ def test_the_readmes_prediction_follows_from_the_indexes_measured():
         assert f"| {now['cost']} | {now['value']:,.1f} {now['unit']} | {now['power']:.2f} |" in readme
 
 
+def test_the_readmes_experiments_are_what_results_hold():
+    compare, readme = load_script("experiments/compare.py"), (HERE / "README.md").read_text()
+    files = sorted((HERE / "results" / "experiments").glob("*.json"))
+    assert files
+    for file in files:
+        said = json.loads(file.read_text())
+        for row in said["rows"]:
+            assert compare.line(row, said["metric"]) in readme
+
+
 def test_the_readmes_other_figures_are_what_results_hold():
     readme = " ".join((HERE / "README.md").read_text().split())
     result = lambda name: json.loads((HERE / "results" / name).read_text())
