@@ -58,10 +58,6 @@ class Student(nn.Module):
         super().__init__()
         if architecture not in ("colbert", "dpr"):
             raise ValueError(f"architecture {architecture!r}: it is colbert or dpr")
-        most = getattr(encoder.config, "max_position_embeddings", math.inf)
-        if not 4 <= min(query_length, passage_length) <= max(query_length, passage_length) <= most:
-            raise ValueError(f"query_length {query_length} and passage_length {passage_length}: expected 4 (with [CLS], marker and "
-                             f"[SEP]) to {most}, which is what this encoder reads")
         self.encoder, self.tokenizer, self.chunk = encoder, tokenizer, chunk
         width = encoder.config.hidden_size
         self.linear = nn.Linear(width, dim, bias=False) if dim else nn.Identity()
@@ -139,6 +135,9 @@ class Student(nn.Module):
 
     def _encode(self, ids: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """ids [n, L], attended bool [n, L] -> [n, L, E], or for DPR [n, 1, E]."""
+        if ids.shape[1] > (most := getattr(self.encoder.config, "max_position_embeddings", math.inf)):
+            raise ValueError(f"a text has {ids.shape[1]} tokens, and this encoder reads {most} at most: give a smaller query_length "
+                             f"({self.query_length} now) or passage_length ({self.passage_length} now)")
         ids, attended = _send(ids, self.device), _send(attended, self.device)
         # A mask for each head and position is taken as it is; of a flat one transformers asks whether it masks anything,
         # and a GPU waits for the answer. (Encoders with local attention need the flat one.)

@@ -213,6 +213,9 @@ def check(config: Config) -> None:
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: it is {'0 or more' if zero else 'more than 0'}")
     if config.negatives == 1:
         raise ValueError("--negatives 1: a query alone has no negatives; it is 0, for the whole batch, or 2 or more")
+    for name in ("query_length", "passage_length"):
+        if getattr(config, name) is not None and getattr(config, name) < 4:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 4 or more, as [CLS], a marker and [SEP] count")
     if config.kept > config.retrieve_k:
         raise ValueError(f"--kept {config.kept}: more than the --retrieve-k {config.retrieve_k} passages retrieved")
 

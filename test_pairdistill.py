@@ -1114,10 +1114,11 @@ def test_a_dense_encoder_pools_as_it_was_trained_or_starts_a_colbert(encoder, tm
     assert_same_embeddings(student_of(str(tmp_path)), student_of(encoder))
 
 
-@pytest.mark.parametrize("lengths", [dict(passage_length=9999), dict(query_length=3)])
-def test_lengths_that_the_encoder_cannot_read_are_refused(encoder, lengths):
-    with pytest.raises(ValueError, match="expected 4 .* to [0-9]+, which is what this encoder reads"):
-        Student.from_pretrained(encoder, **lengths)
+def test_a_text_longer_than_the_encoder_reads_is_refused(encoder):
+    student = Student.from_pretrained(encoder, passage_length=9999)
+    student.encode_passages(TEXTS[:1])
+    with pytest.raises(ValueError, match="a text has [0-9]+ tokens, and this encoder reads 64 at most: .*passage_length .9999 now"):
+        student.encode_passages([TEXTS[0] * 100])
 
 
 def drop_tensors(*suffixes, rename=lambda k: k):

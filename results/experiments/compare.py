@@ -77,7 +77,7 @@ def compare(systems: dict[str, list[Path]], metric: str) -> tuple[str, list[dict
 def line(row: dict, metric: str) -> str:
     """A row of the README's table."""
     low, high = row["interval"]
-    versus = f"{row['difference']:+.3f} | {row['p']:.3f}" if "p" in row else " | "
+    versus = f"{row['difference']:+.3f} | {'< .001' if row['p'] < .001 else format(row['p'], '.3f')}" if "p" in row else " | "
     return f"| {row['system']} | {len(row['seeds'])} | {row[metric]:.3f} | {low:.3f} to {high:.3f} | {versus} |"
 
 
