@@ -192,7 +192,8 @@ def launch(n: int, argv: list[str]) -> int:
         for rank, number in killed.items():
             print(f"error: rank {rank} was ended by signal {number}"
                   f"{', perhaps because memory ran out' * (number == signal.SIGKILL)}", file=sys.stderr, flush=True)
-        code = e.get_first_failure()[1].exitcode
+        # Of two that end within a tenth of a second the first one is not known: the one that has said why (2) counts.
+        code = 2 if any(f.exitcode == 2 for f in e.failures.values()) else e.get_first_failure()[1].exitcode
         return 128 + max(killed.values()) if killed else code if code > 0 else 128 - code
 
 

@@ -1285,6 +1285,7 @@ def out_of_memory(monkeypatch, times: int, when=lambda student: True) -> list[in
 
 
 def test_out_of_memory_once_halves_the_chunk_and_repeats_the_step(encoder, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # bfloat16 rounds by batch shape
     whole, terms = train_a_little(encoder, examples_of())
     tried = out_of_memory(monkeypatch, 1)
     smaller, again = train_a_little(encoder, examples_of())
@@ -2894,7 +2895,7 @@ def test_the_readmes_reranking_table_is_what_results_hold():
 def test_the_readmes_loss_table_is_what_results_hold():
     lines = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
     for name, start in (("full", "| L_CL + L_KD"), ("cl", "| L_CL |")):
-        line, = (line for line in lines if line.startswith(start))
+        line, = (line for line in lines if line.startswith(start) and line.count("|") == 6)
         rows = [json.loads((HERE / "results" / "docs-losses" / f"{name}-{seed}.json").read_text())[-1] for seed in range(3)]
         means = [r["MRR@10"] for r in rows]
         assert [float(x) for x in line.split("|")[2:6]] == [round(x, 3) for x in (*means, sum(means) / 3)]
