@@ -21,6 +21,7 @@ Nothing is guessed: a tensor that is missing, a module or a switch that Student 
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import string
@@ -39,16 +40,20 @@ AGAIN = "fetch it or save it again"
 
 # Reading ------------------------------------------------------------------------------------------------------------
 
-LOADING = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # what transformers raises for what it cannot load
+@contextlib.contextmanager
+def loading(name: str):
+    """What transformers raises for what it cannot load, as a ValueError in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
+        raise ValueError(cannot_load(name, e)) from e
 
 
 def load_model(auto, name: str, optional: str = "", **options):
     """auto.from_pretrained(name) -> the model, and which tensors the checkpoint lacks, as transformers has drawn them at
     random; only those whose names begin with `optional` may be. Raises ValueError in one sentence."""
-    try:
+    with loading(name):
         model, info = auto.from_pretrained(name, output_loading_info=True, **options)
-    except LOADING as e:
-        raise ValueError(cannot_load(name, e)) from e
     lacking = sorted(info["missing_keys"])
     if others := [k for k in lacking if not (optional and k.startswith(optional))]:
         raise ValueError(f"the weights in {name} lack {len(others)} of the model's tensors, such as {others[0]}: the file is "
@@ -61,10 +66,8 @@ def load_encoder(name: str):
     from transformers import AutoModel, AutoTokenizer
     # A pooler has no part in a token embedding: without it there is nothing untrained to save.
     pooler = {"add_pooling_layer": False} if (_json(name, "config.json") or {}).get("model_type") == "bert" else {}
-    try:
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOADING as e:
-        raise ValueError(cannot_load(name, e)) from e
     encoder, missing = load_model(AutoModel, name, "pooler.", **pooler)
     if missing:
         encoder.pooler = None

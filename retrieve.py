@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
@@ -58,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import load_collection, read_queries
+from data import load_collection, read_queries, sample_digest
 from maxsim_kernel import maxsim, maxsim_paired
 from ranks import half, has_bfloat16
 
@@ -168,7 +167,7 @@ class Index:
         barrier()  # without it rank 0 would merge a part that is still growing
         if rank == 0:
             _merge(partial, world, dict(format=FORMAT, student=student_digest, passages=len(passages),
-                                        texts=_digest(passages), seed=seed,
+                                        texts=sample_digest(len(passages), passages), seed=seed,
                                         normalised=bool((d_sample.float().norm(dim=1) - 1).abs().max() < .01)))
             if passage_ids is not None:
                 (partial / "passage_ids.json").write_text(json.dumps(list(passage_ids)))
@@ -450,12 +449,6 @@ class _Best:
         numbers = torch.arange(first, first + len(offsets) - 1, device=self.q.device).expand(len(self.q), -1)
         self.scores, top = scores.topk(min(self.k, scores.shape[1]))
         self.positions = torch.cat([self.positions, numbers], 1).gather(1, top)
-
-
-def _digest(passages: Sequence[str]) -> str:
-    """Of their number and of 10,000 of them, evenly spaced."""
-    some = (passages[n] for n in range(0, len(passages), -(-len(passages) // 10_000)))
-    return hashlib.blake2b(json.dumps([len(passages), *some]).encode(), digest_size=8).hexdigest()
 
 
 # Ragged rows, and integers that hold two things -----------------------------------------------------------------------
@@ -796,7 +789,7 @@ def _open(args: argparse.Namespace):
         print(f"{len(index):,} passages, {len(index.codes):,} tokens, {index.measured}", file=sys.stderr)
     else:
         index = Index.load(index_folder, student.device, identity)
-    texts = _digest(collection.passages)
+    texts = sample_digest(len(collection.passages), collection.passages)
     if index.passage_ids != list(collection.passage_ids) or index.manifest.get("texts", texts) != texts:
         raise ValueError(f"{index_folder} is the index of another collection than {data}: give another folder")
     return student, index, collection

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import METRICS, answer_metrics, bm25_run, evaluate, load_collection, read_queries, save_collection
+from data import METRICS, answer_metrics, bm25_run, evaluate, load_collection, read_queries, sample_digest, save_collection
 
 
 # Configuration ------------------------------------------------------------------------------------------------------
@@ -279,14 +278,9 @@ def digest_of(path: Path) -> str:
 
 
 def digest_of_collection(data) -> str:
-    """Of the queries, the judgements, the answers, the number of passages and 10,000 of them, evenly spaced: hashing MS MARCO's
-    would cost minutes at each start. A change in another passage goes unnoticed."""
-    some = range(0, len(data.passages), -(-len(data.passages) // 10_000))
+    """Of the queries, the judgements, the answers, and of the passages as far as sample_digest looks at them."""
     about = [len(data.passages), data.queries, data.qrels, *[data.answers] * bool(data.answers)]
-    h = hashlib.blake2b(json.dumps(about).encode(), digest_size=8)
-    for n in some:
-        h.update(f"{data.passage_ids[n]}\0{data.passages[n]}\0".encode())
-    return h.hexdigest()
+    return sample_digest(about, data.passage_ids, data.passages)
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -408,8 +402,10 @@ class Run:
 
     def _record(self, stage: str) -> None:
         """Notes in stages.json what a stage is made of, before it is made; of one that is, compares the files."""
+        from teachers import split_spec
         (result, *others), reads, names = row_of(stage)
-        specs = {re.sub("^(train|t5|instruct):", "", getattr(self.config, n)) for n in names if n in ("student", "start", "pointwise", "pairwise")}
+        specs = {split_spec(getattr(self.config, n).removeprefix("train:"))[1] for n in names
+                 if n in ("student", "start", "pointwise", "pairwise")}
         paths = {name: self.out / name for name in reads} | {s: Path(s) for s in specs - {"", "scratch"} if Path(s).is_dir()}
         # A file that was removed to save room is not compared.
         now = {name: digest_of(path) for name, path in paths.items() if path.exists()}

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints import LOADING, cannot_load, digest, load_model
+from checkpoints import digest, load_model, loading
 from pairdistill import LEVELS, MARKS, Batches, fit
 from ranks import Ranks, has_bfloat16, refuse
 
@@ -212,7 +212,7 @@ def answer_in_float32(head: nn.Linear, rows: list[int]) -> nn.Linear:
     return answer
 
 
-def _split(spec: str) -> tuple[str, str]:
+def split_spec(spec: str) -> tuple[str, str]:
     """t5:NAME or instruct:NAME, which says how a language model is asked where its name does not -> (t5, NAME)."""
     given, _, rest = spec.partition(":")
     return (given, rest) if given in ("t5", "instruct") else ("", spec)
@@ -221,13 +221,11 @@ def _split(spec: str) -> tuple[str, str]:
 def _load(spec: str, role: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
                               AutoModelForSequenceClassification, AutoTokenizer)
-    given, spec = _split(spec)
+    given, spec = split_spec(spec)
     # Float16 overflows in T5; bfloat16 does not.
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
-    try:
+    with loading(spec):
         config, tokenizer = AutoConfig.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
-    except LOADING as e:
-        raise ValueError(cannot_load(spec, e)) from e
     kind = (config.architectures or [""])[0]
     if "SequenceClassification" in kind:
         auto, trained_for = AutoModelForSequenceClassification, getattr(config, "teacher_role", "pointwise")
@@ -373,7 +371,7 @@ def preference(asked: np.ndarray) -> np.ndarray:
 
 def _identity(spec: str, model: nn.Module) -> str:
     """Which weights: a digest of a local folder, or a name with the Hub's revision."""
-    spec = _split(spec)[1]
+    spec = split_spec(spec)[1]
     if Path(spec).is_dir():
         return digest(spec)
     return f"{spec}@{getattr(model.config, '_commit_hash', None)}"
@@ -464,10 +462,8 @@ def _new_classifier(encoder: str | Path, role: str, device: torch.device, seed: 
                     passage_length: int) -> Classifier:
     """Any encoder with a new head of one output; matches are marked where it has token types for it."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-    try:
+    with loading(encoder):
         config, tokenizer = AutoConfig.from_pretrained(encoder, num_labels=1), AutoTokenizer.from_pretrained(encoder)
-    except LOADING as e:
-        raise ValueError(cannot_load(encoder, e)) from e
     config.match_types = getattr(config, "type_vocab_size", 0) >= MARKS + 2 * LEVELS
     config.teacher_role, config.query_length, config.passage_length = role, query_length, passage_length
     with torch.random.fork_rng(devices=[]):
