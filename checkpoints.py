@@ -41,11 +41,11 @@ AGAIN = "fetch it or save it again"
 # Reading ------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def loading(name: str):
-    """What transformers raises for what it cannot load, as a ValueError in one sentence."""
+def loading(name: str, errors=Exception):
+    """What transformers raises for what it cannot load, which can be anything, as a ValueError in one sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
+    except errors as e:
         raise ValueError(cannot_load(name, e)) from e
 
 
@@ -53,7 +53,7 @@ def load_model(auto, name: str, optional: str = "", **options):
     """auto.from_pretrained(name) -> the model, and which tensors the checkpoint lacks, as transformers has drawn them at
     random; only those whose names begin with `optional` may be. Raises ValueError in one sentence."""
     with loading(name):
-        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     lacking = sorted(info["missing_keys"])
     if others := [k for k in lacking if not (optional and k.startswith(optional))]:
         raise ValueError(f"the weights in {name} lack {len(others)} of the model's tensors, such as {others[0]}: the file is "
@@ -67,8 +67,11 @@ def load_encoder(name: str):
     # A pooler has no part in a token embedding: without it there is nothing untrained to save.
     pooler = {"add_pooling_layer": False} if (_json(name, "config.json") or {}).get("model_type") == "bert" else {}
     with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    encoder, missing = load_model(AutoModel, name, "pooler.", **pooler)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # In float32, which config.json then says of what is saved: in half of it a student's small steps would be rounded away.
+    encoder, missing = load_model(AutoModel, name, "pooler.", dtype=torch.float32, **pooler)
+    if encoder.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder and a decoder, and a student is an encoder alone")
     if missing:
         encoder.pooler = None
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id) or (
@@ -83,6 +86,11 @@ def load_encoder(name: str):
 
 def read(name: str, architecture: str, tokenizer) -> tuple[dict, torch.Tensor | None]:
     """Student's settings, as far as the folder has any, and its projection [E, hidden]; ({}, None) for a plain encoder."""
+    with loading(name, (KeyError, TypeError, AttributeError)):  # settings files of another form than is read here
+        return _read(name, architecture, tokenizer)
+
+
+def _read(name: str, architecture: str, tokenizer) -> tuple[dict, torch.Tensor | None]:
     ours, modules, metadata = _json(name, OURS), _json(name, "modules.json", list), _json(name, METADATA)
     if ours is not None and not {"architecture", "dim"} <= ours.keys() <= SETTINGS:
         raise ValueError(f"{name}/{OURS} has the settings {', '.join(ours)}, which are not those of a student; {AGAIN}")
@@ -90,7 +98,7 @@ def read(name: str, architecture: str, tokenizer) -> tuple[dict, torch.Tensor | 
         settings, weight = _modules(name, modules, ours["architecture"] if ours else architecture, tokenizer)
     else:
         weight = _colbert_weight(name)
-        settings = {} if weight is None else _colbert_settings(metadata or {})
+        settings = {} if weight is None else _colbert_settings(name, metadata or {})
     settings = ours or settings
     if ours and not ours["dim"]:
         return ours, None  # what was saved for the others is the identity
@@ -114,8 +122,11 @@ def _colbert_weight(name: str) -> torch.Tensor | None:
     return None
 
 
-def _colbert_settings(metadata: dict) -> dict:
+def _colbert_settings(name: str, metadata: dict) -> dict:
     m = {k: v for k, v in metadata.get("config", metadata).items() if v is not None}
+    for key, ours in ("similarity", "cosine"), ("interaction", "colbert"):
+        if m.get(key, ours) != ours:
+            raise ValueError(f"{name}/{METADATA} says {key} {m[key]!r}; a student's is {ours!r}")
     names = {"dim": "dim", "query_maxlen": "query_length", "doc_maxlen": "passage_length",
              "attend_to_mask_tokens": "attend_to_masks"}
     return {ours: m[theirs] for theirs, ours in names.items() if theirs in m} | dict(
@@ -127,6 +138,8 @@ def _colbert_settings(metadata: dict) -> dict:
 def _modules(name: str, modules: list, architecture: str, tokenizer) -> tuple[dict, torch.Tensor | None]:
     """The layouts with a modules.json: PyLate's and sentence-transformers'."""
     kinds = {m["path"]: m["type"].rsplit(".", 1)[-1] for m in modules}
+    if any(".." in Path(path).parts or Path(path).is_absolute() for path in kinds):
+        raise ValueError(f"{name}/modules.json has a path that leaves the folder: {', '.join(kinds)}; {AGAIN}")
     if not set(kinds.values()) <= {"Transformer", "Pooling", "Dense", "MultiVectorMask", "Normalize"} or (
             kinds.get("") != "Transformer"):
         raise ValueError(f"{name}/modules.json lists {', '.join(m['type'] for m in modules)}; a student is a Transformer in "
@@ -139,6 +152,8 @@ def _modules(name: str, modules: list, architecture: str, tokenizer) -> tuple[di
             return {}, None
         path = next(path for path, kind in kinds.items() if kind == "Pooling")
         settings = dict(pooling=_pooling(f"{name}/{path}", _json(name, f"{path}/config.json") or {}))
+        if limit := (_json(name, "sentence_bert_config.json") or {}).get("max_seq_length"):
+            settings |= dict(query_length=limit, passage_length=limit)
     elif "MultiVectorMask" in kinds.values():
         settings = _multi_vector_settings(name, kinds, config, tokenizer)
     elif "Dense" in kinds.values():
@@ -152,7 +167,7 @@ def _modules(name: str, modules: list, architecture: str, tokenizer) -> tuple[di
     weight = None
     for path in (path for path, kind in kinds.items() if kind == "Dense"):  # linear after linear is linear
         weight = _dense(name, path) if weight is None else _dense(name, path) @ weight
-    return settings | ({"dim": None} if late and weight is None else {}), weight
+    return settings | ({} if "Dense" in kinds.values() else {"dim": None}), weight
 
 
 def _pylate_settings(config: dict) -> dict:
@@ -177,11 +192,14 @@ def _multi_vector_settings(name: str, kinds: dict, config: dict, tokenizer) -> d
     if expansion and (expansion["strategy"] != "fixed" or expansion.get("token") not in (None, tokenizer.mask_token)):
         raise ValueError(f"{name}/sentence_bert_config.json expands queries by {expansion}; a student fills them with [MASK]s "
                          f"up to a fixed length")
+    # A word that is no token is left out of the list there. (ColBERT and PyLate would skip [UNK] for it.)
+    skiplist = [word for word in mask.get("skiplist_words") or [] if word == tokenizer.unk_token or
+                tokenizer.convert_tokens_to_ids(word) not in (None, tokenizer.unk_token_id)]
     # A prompt is written before the text: where that is one token, it is a marker.
     prompts = [tokenizer.tokenize((config.get("prompts") or {}).get(role) or "") for role in ("query", "document")]
     return dict(architecture="colbert", query_expansion=bool(expansion),
                 query_length=expansion["length"] if expansion else transformer.get("query_length") or limit,
-                passage_length=transformer.get("document_length") or limit, skiplist=mask.get("skiplist_words") or "",
+                passage_length=transformer.get("document_length") or limit, skiplist=skiplist,
                 attend_to_masks=bool(expansion and expansion.get("attend")),
                 markers=[tokens[0] if len(tokens) == 1 else "" for tokens in prompts])
 
@@ -235,17 +253,24 @@ def _linear(path: Path, config: dict | None = None) -> torch.Tensor | None:
 
 
 def find(name: str, filename: str) -> Path | None:
-    """A file of a local folder or of a Hub repository; None where there is none."""
+    """A file of a local folder or of a Hub repository; None where there is none. Raises ValueError where that is not known:
+    without its modules.json a trained model would pass for a plain encoder."""
     if Path(name).is_dir():
         path = Path(name) / filename
         return path if path.exists() else None
-    from transformers.utils import cached_file
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
     try:
-        found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False)
-    except OSError:  # no such repository: loading the model says so in one sentence
-        found = None
-    return Path(found) if found else None
+        return Path(hf_hub_download(name, filename))
+    except errors.LocalEntryNotFoundError as e:
+        # Known to be absent: asked for before, or `hf download` brought all files, .gitattributes too.
+        if isinstance(try_to_load_from_cache(name, ".gitattributes"), str) or (
+                try_to_load_from_cache(name, filename) not in (None, "")):
+            return None
+        raise ValueError(cannot_load(name, e)) from e
+    except errors.EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise ValueError(cannot_load(name, e)) from e
 
 
 def _json(name: str, filename: str, kind: type = dict):
@@ -289,7 +314,9 @@ def save(student, folder: str | Path) -> None:
     """One folder for colbert-ai, PyLate, sentence-transformers and ourselves; see this file's first lines."""
     folder, s = Path(folder), student.settings
     folder.mkdir(parents=True, exist_ok=True)
-    student.encoder.config.save_pretrained(folder)
+    (folder / "config.json").unlink(missing_ok=True)  # written last: no folder loads without it, nor one that is half written
+    if student.tokenizer.is_fast:
+        student.tokenizer.backend_tokenizer.no_truncation()  # which is whatever the last call asked for
     student.tokenizer.save_pretrained(folder)
     state = {f"{student.encoder.base_model_prefix}.{k}": v for k, v in student.encoder.state_dict().items()}
     # The others would draw a projection where there is none: theirs is the identity.
@@ -332,6 +359,7 @@ def save(student, folder: str | Path) -> None:
                 dict(max_seq_length=max(s["query_length"], s["passage_length"]), do_lower_case=False))
     _write_json(folder / OURS, s)
     (folder / "README.md").write_text(card(student), encoding="utf-8")
+    student.encoder.config.save_pretrained(folder)
 
 
 def _write_tensors(path: Path, tensors: dict) -> None:
@@ -379,8 +407,9 @@ def card(student) -> str:
              "## Use", ""]
     for library in list(USES)[:4] if late else ["pairdistill", "sentence-transformers"]:
         lines += [f"With {library}:", "", "```python", USES[library], "```", ""]
-    if late and not (all(s["markers"]) and s["query_expansion"]):
-        lines.append("colbert-ai marks every text and expands every query, which this student does not: its scores differ there.")
+    if late and not (all(s["markers"]) and s["query_expansion"] and set(s["skiplist"]) in (set(string.punctuation), set())):
+        lines.append("colbert-ai marks every text, expands every query and skips all punctuation or nothing; this student does "
+                     "not, and its scores differ there.")
     if not late:
         lines.append(f"Queries are cut after {s['query_length']} tokens here, and like passages there.")
     return "\n".join(lines) + "\n"

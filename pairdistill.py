@@ -22,6 +22,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import string
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -38,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints import cannot_load, digest  # also for those that know them from here
+from checkpoints import digest  # also for those that know it from here
 from maxsim_kernel import pairdistill_objective
 from ranks import AfterStep, Ranks, gather_passages, half, has_bfloat16, sum_gradients
 
@@ -58,6 +60,11 @@ class Student(nn.Module):
         super().__init__()
         if architecture not in ("colbert", "dpr"):
             raise ValueError(f"architecture {architecture!r}: it is colbert or dpr")
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling {pooling!r}: it is cls or mean")
+        for name, length in ("query_length", query_length), ("passage_length", passage_length):
+            if not (isinstance(length, int) and length >= 4):
+                raise ValueError(f"{name} {length!r}: it counts [CLS], a marker and [SEP] too, and is 4 or more")
         self.encoder, self.tokenizer, self.chunk = encoder, tokenizer, chunk
         width = encoder.config.hidden_size
         self.linear = nn.Linear(width, dim, bias=False) if dim else nn.Identity()
@@ -110,9 +117,9 @@ class Student(nn.Module):
         if weight is not None and weight.shape[1] != encoder.config.hidden_size:
             raise ValueError(f"the projection in {name_or_path} takes {weight.shape[1]} dimensions and its encoder gives "
                              f"{encoder.config.hidden_size}: they are not of one model; {checkpoints.AGAIN}")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), checkpoints.loading(name_or_path, (TypeError, AttributeError)):
             torch.manual_seed(seed)
-            student = cls(encoder.float(), tokenizer, **settings)
+            student = cls(encoder, tokenizer, **settings)
         if weight is not None:
             with torch.no_grad():
                 student.linear.weight.copy_(weight)
@@ -135,7 +142,12 @@ class Student(nn.Module):
 
     def _encode(self, ids: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """ids [n, L], attended bool [n, L] -> [n, L, E], or for DPR [n, 1, E]."""
-        if ids.shape[1] > (most := getattr(self.encoder.config, "max_position_embeddings", math.inf)):
+        if not len(ids):
+            return torch.zeros(0, ids.shape[1] if self.colbert else 1, self.dim, device=self.device)
+        most = getattr(self.encoder.config, "max_position_embeddings", math.inf)
+        if self.encoder.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+            most -= self.encoder.config.pad_token_id + 1  # where their positions begin
+        if ids.shape[1] > most:
             raise ValueError(f"a text has {ids.shape[1]} tokens, and this encoder reads {most} at most: give a smaller query_length "
                              f"({self.query_length} now) or passage_length ({self.passage_length} now)")
         ids, attended = _send(ids, self.device), _send(attended, self.device)
@@ -196,7 +208,8 @@ class Student(nn.Module):
         """tokenize_passages' -> encode_passages'. With more passages than `chunk`, activations are recomputed in the backward
         pass: memory follows the chunk, not the batch."""
         if torch.is_grad_enabled() and len(offsets) - 1 > self.chunk:
-            parts = [checkpoint(self._encode, *piece, use_reentrant=False) for piece in pieces]
+            # Sent here: the random state that dropout is repeated from is kept for the devices of the arguments.
+            parts = [checkpoint(self._encode, *(_send(x, self.device) for x in piece), use_reentrant=False) for piece in pieces]
         else:
             parts = [self._encode(*piece) for piece in pieces]
         rows = torch.cat([x.flatten(0, 1) for x in parts]) if parts else torch.zeros(0, self.dim, device=self.device)
@@ -383,7 +396,7 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
 
     def gradients(batch) -> torch.Tensor:
         # Dropout is a function of (seed, step, rank): a resumed run draws what an undisturbed one draws.
-        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + ranks.rank)
+        torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + ranks.rank) % 2**63)
         optimizer.zero_grad()
         with plainly(ranks.device), half(ranks.device):
             terms = batch_terms(batch)
@@ -399,8 +412,9 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
                 memory.lower()  # which raises the second time
                 batches = _ahead(prepare, step, steps)  # the batch made ahead was cut into the old chunks
                 batch = next(batches)
-            history.append(sum_gradients(model, terms, ranks))
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            terms = sum_gradients(model, terms, ranks)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+            history.append(terms + 0 * norm)  # NaN where a gradient is not finite, though the loss may be
             optimizer.step()
             stop = sigterm.came  # asked once: what comes from here on is for the next step, which leaves a checkpoint
             due = checkpoint_folder and (stop or step + 1 < steps and (step + 1) % checkpoint_every == 0)
@@ -431,8 +445,8 @@ def _refuse_nan(history: list, checked: int, folder: Path | None, batch_of, rank
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(batch, indent=1))
         held = f", whose queries begin with {batch[0]['query'][:60]!r}; all of them are in {path}"
-    raise ValueError(f"the loss of step {step} is {losses[bad[0]].item()}{held}; the same command goes on from the last "
-                     f"checkpoint before it, and a lower learning rate, with --restart-from or in another --out, may mend it")
+    raise ValueError(f"the loss of step {step} or its gradient is {losses[bad[0]].item()}{held}; the same command goes on from "
+                     f"the last checkpoint before it, and a lower learning rate, with --restart-from or in another --out, may mend it")
 
 
 def _save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list) -> None:
@@ -452,11 +466,13 @@ def _save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Opti
 def _resume(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, history: list,
             ranks: Ranks) -> int:
     """The step to go on from: 0 where there is no checkpoint."""
-    files = [folder / f"{name}.safetensors" for name in ("last", "previous")] if folder else []
-    file = next((file for file in files if file.exists()), None)
-    if file is None:
+    state = None
+    for file in [folder / f"{name}.safetensors" for name in ("last", "previous")] if folder else []:
+        if file.exists() and state is None:
+            with contextlib.suppress(SafetensorError):  # half written where the power failed
+                state = load_file(file)
+    if state is None:
         return 0
-    state = load_file(file)
     model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     slots: dict[int, dict] = {}
     for k, v in state.items():
@@ -533,7 +549,7 @@ def peak_flops(device: torch.device) -> float:
     if cuda and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for key, peak in BFLOAT16_PEAK.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):
                 return 1e12 * peak
     a, times = torch.full((8192 if cuda else 512,) * 2, .5, dtype=dtype, device=device), []
     for _ in range(10):

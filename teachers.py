@@ -225,7 +225,7 @@ def _load(spec: str, role: str, device: torch.device, dtype: torch.dtype | None)
     # Float16 overflows in T5; bfloat16 does not.
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
     with loading(spec):
-        config, tokenizer = AutoConfig.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
+        config, tokenizer = (auto.from_pretrained(spec, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer))
     kind = (config.architectures or [""])[0]
     if "SequenceClassification" in kind:
         auto, trained_for = AutoModelForSequenceClassification, getattr(config, "teacher_role", "pointwise")
@@ -463,7 +463,8 @@ def _new_classifier(encoder: str | Path, role: str, device: torch.device, seed: 
     """Any encoder with a new head of one output; matches are marked where it has token types for it."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     with loading(encoder):
-        config, tokenizer = AutoConfig.from_pretrained(encoder, num_labels=1), AutoTokenizer.from_pretrained(encoder)
+        config = AutoConfig.from_pretrained(encoder, num_labels=1, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
     config.match_types = getattr(config, "type_vocab_size", 0) >= MARKS + 2 * LEVELS
     config.teacher_role, config.query_length, config.passage_length = role, query_length, passage_length
     with torch.random.fork_rng(devices=[]):

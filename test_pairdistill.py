@@ -3,6 +3,7 @@
 Each is named as the claim it checks. Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for
 before they are imported. What needs the data sets beside the project, or a package that is not required, skips and says so.
 """
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -36,6 +37,7 @@ if not torch.cuda.is_available():
 import checkpoints
 import data
 import maxsim_kernel
+import pairdistill
 import retrieve
 import run
 import teachers
@@ -1085,7 +1087,7 @@ def multi_vector_folder(encoder, folder, **changes):
                 "strategy": "fixed", "attend": False, "token": None, "length": 12}},
             "config_sentence_transformers.json": {"model_type": "MultiVectorEncoder", "prompts": {
                 "query": "[unused0] ", "document": "[unused1]"}},
-            "2_MultiVectorMask/config.json": {"skiplist_words": list("!,.;?"), "skiplist_tasks": ["document"]}}.items():
+            "2_MultiVectorMask/config.json": {"skiplist_words": [*"!,.;?", "[UNK]"], "skiplist_tasks": ["document"]}}.items():
         write_json(folder / name, value | changes.get(name, {}) if isinstance(value, dict) else value)
 
 
@@ -1096,6 +1098,10 @@ def test_a_multi_vector_folder_is_the_same_student_as_one_with_our_settings(enco
     ours.linear.weight.data.copy_(torch.eye(32)[:24])
     assert student.settings | {"skiplist": ours.settings["skiplist"]} == ours.settings
     assert_same_embeddings(student, ours)
+    without = tmp_path / "without"  # there a word that is no token does not stand for [UNK]
+    multi_vector_folder(encoder, without, **{"2_MultiVectorMask/config.json": {"skiplist_words": ["@", "the"]}})
+    student = Student.from_pretrained(str(without))
+    assert student.skiplist.tolist() == [student.token_id("the")] and student.token_id("@") is None
     limited = tmp_path / "limited"
     multi_vector_folder(encoder, limited, **{"sentence_bert_config.json": {"query_expansion": None, "max_seq_length": 15}})
     student = Student.from_pretrained(str(limited))
@@ -1108,7 +1114,9 @@ def test_a_dense_encoder_pools_as_it_was_trained_or_starts_a_colbert(encoder, tm
     write_json(tmp_path / "modules.json", [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in (
         ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))])
     write_json(tmp_path / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **config})
-    dpr = Student.from_pretrained(str(tmp_path), "dpr", None)
+    write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 50})
+    dpr = Student.from_pretrained(str(tmp_path), "dpr")
+    assert (dpr.dim, dpr.query_length, dpr.passage_length) == (32, 50, 50)  # no projection is put onto a trained model
     mean = dpr.encoder(**dpr.tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state.mean(1)
     assert torch.allclose(dpr.encode_passages(TEXTS[:1])[0], mean, atol=1e-5)
     assert_same_embeddings(student_of(str(tmp_path)), student_of(encoder))
@@ -1119,6 +1127,73 @@ def test_a_text_longer_than_the_encoder_reads_is_refused(encoder):
     student.encode_passages(TEXTS[:1])
     with pytest.raises(ValueError, match="a text has [0-9]+ tokens, and this encoder reads 64 at most: .*passage_length .9999 now"):
         student.encode_passages([TEXTS[0] * 100])
+
+
+def test_roberta_reads_as_many_tokens_as_it_has_positions_left(tmp_path, encoder):
+    from transformers import RobertaConfig, RobertaModel
+    tokenizer = Student.from_pretrained(encoder).tokenizer
+    config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                           max_position_embeddings=34, pad_token_id=tokenizer.pad_token_id)
+    student = Student(RobertaModel(config, add_pooling_layer=False).eval(), tokenizer, 16, passage_length=99)
+    most = 34 - tokenizer.pad_token_id - 1
+    assert len(student.encode_passages(["the " * (most - 3)])[0]) == most
+    with pytest.raises(ValueError, match=f"this encoder reads {most} at most"):
+        student.encode_passages(["the " * (most - 2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_student_of_a_half_precision_encoder_keeps_its_small_steps(encoder, tmp_path, dtype):
+    from transformers import AutoModel
+    shutil.copytree(encoder, tmp_path / "half")
+    AutoModel.from_pretrained(encoder, dtype=dtype).save_pretrained(tmp_path / "half")
+    student = Student.from_pretrained(str(tmp_path / "half"))
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1 + 1e-4)
+    student.save_pretrained(tmp_path / "student")
+    assert_same_embeddings(Student.from_pretrained(str(tmp_path / "student")), student)
+
+
+def test_a_save_that_is_interrupted_leaves_nothing_that_loads(encoder, tmp_path, monkeypatch):
+    student = student_of(encoder, markers=False)
+    student.save_pretrained(tmp_path)
+    monkeypatch.setattr(checkpoints, "_write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot load the folder"):
+        Student.from_pretrained(str(tmp_path))
+
+
+def test_a_hub_file_that_cannot_be_asked_for_is_not_one_that_is_absent(monkeypatch):
+    import huggingface_hub as hub
+    answers = dict(raised=hub.errors.LocalEntryNotFoundError("offline"), cached={})
+
+    def download(name, filename):
+        raise answers["raised"]
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, filename: answers["cached"].get(filename))
+    with pytest.raises(ValueError, match="cannot load 'some/model': .*--local-dir"):
+        checkpoints.find("some/model", "modules.json")
+    answers["cached"] = {"modules.json": object()}  # asked for before: it is known that there is none
+    assert checkpoints.find("some/model", "modules.json") is None
+    answers["cached"] = {".gitattributes": "/there"}  # all files were fetched
+    assert checkpoints.find("some/model", "modules.json") is None
+    answers["raised"] = hub.errors.EntryNotFoundError("404")
+    assert checkpoints.find("some/model", "modules.json") is None
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(passage_length=3), "passage_length 3: it counts"), (dict(query_length="12"), "query_length '12': it counts"),
+    (dict(pooling="max"), "pooling 'max': it is cls or mean")])
+def test_settings_that_no_student_has_are_refused(encoder, settings, message):
+    student = student_of(encoder)
+    with pytest.raises(ValueError, match=message):
+        Student(student.encoder, student.tokenizer, 16, **settings)
+
+
+def test_no_queries_and_no_passages_are_no_vectors(encoder):
+    for student in (student_of(encoder), student_of(encoder, architecture="dpr"), student_of(encoder, query_expansion=False)):
+        assert student.encode_queries([])[0].shape[::2] == (0, 16) and student.encode_passages([])[0].shape == (0, 16)
 
 
 def drop_tensors(*suffixes, rename=lambda k: k):
@@ -1164,6 +1239,13 @@ def as_colbert(folder):
         **load_file(f / "model.safetensors"), "linear.weight": torch.zeros(16, 31)})], "takes 31 dimensions and its encoder gives 32"),
     ([as_colbert, lambda f: checkpoints._write_tensors(f / "model.safetensors", {
         **load_file(f / "model.safetensors"), "linear.bias": torch.zeros(16)})], "has a linear.bias"),
+    ([edit_json("pairdistill.json", markers=None)], "cannot load the folder"),
+    ([lambda f: (f / "tokenizer.json").write_text("{}")], "cannot load the folder|has no tokenizer"),
+    ([lambda f: (f / "modules.json").write_text('[{"type": "a.Transformer"}]')], "cannot load the folder"),
+    ([lambda f: write_json(f / "modules.json", [{"path": "", "type": "a.Transformer"}, {"path": "../1_Dense", "type": "a.Dense"}])],
+     "modules.json has a path that leaves the folder"),
+    ([as_colbert, edit_json("artifact.metadata", similarity="l2")], "artifact.metadata says similarity 'l2'; a student's is 'cosine'"),
+    ([lambda f: (f / "model.safetensors").unlink(), lambda f: (f / "pytorch_model.bin").write_bytes(b"")], "cannot load the folder"),
 ])
 def test_a_wrong_or_incomplete_folder_is_refused_in_one_sentence(encoder, tmp_path, damage, message):
     student_of(encoder).save_pretrained(tmp_path)
@@ -1374,7 +1456,6 @@ def test_a_group_of_queries_has_its_own_negatives(encoder):
 
 def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(encoder, tmp_path, monkeypatch):
     whole, terms = train_a_little(encoder, examples_of(), steps=8)
-    import pairdistill
     save = pairdistill._save_checkpoint
 
     def save_and_stop(*args):
@@ -1390,9 +1471,8 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(encoder, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_training_before_it_reaches_a_checkpoint(encoder, tmp_path, monkeypatch):
-    import pairdistill
     monkeypatch.setattr(pairdistill.fit, "__kwdefaults__", {**pairdistill.fit.__kwdefaults__, "checkpoint_every": 2})
-    with pytest.raises(ValueError, match=r"the loss of step \d is nan, whose queries begin with") as refusal:
+    with pytest.raises(ValueError, match=r"the loss of step \d or its gradient is nan, whose queries begin with") as refusal:
         train_a_little(encoder, examples_of(), steps=8, lr=1e30, checkpoint_folder=tmp_path)  # overflows at once
     step = int(re.search(r"step (\d)", str(refusal.value))[1])
     saved = json.loads((tmp_path / f"batch{step}.json").read_text())
@@ -1401,8 +1481,30 @@ def test_a_loss_that_is_not_finite_stops_training_before_it_reaches_a_checkpoint
     assert not (tmp_path / "last.safetensors").exists()  # its first one was due when the loss was no longer finite
 
 
-def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_where_the_newer_is_gone(encoder, tmp_path, monkeypatch):
-    import pairdistill
+@pytest.mark.parametrize("steps", [5, 8])  # at the end, and where a checkpoint is due
+def test_a_gradient_that_is_not_finite_is_no_checkpoint_and_no_result(tmp_path, steps):
+    model = torch.nn.Linear(1, 1)
+
+    def terms(step):  # 0 * inf in the backward pass alone
+        x = model.weight.sum()
+        return torch.stack([x + ((x - x.detach()).sqrt() * 0 if step == 4 else 0)])
+    with pytest.raises(ValueError, match="the loss of step 4 or its gradient is nan"):
+        pairdistill.fit(model, terms, steps, lr=1e-2, warmup=0, ranks=Ranks(), desc="", seed=2**40, checkpoint_folder=tmp_path,
+                        checkpoint_every=5)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_is_recomputed_is_sent_to_the_device_before(encoder, monkeypatch):
+    """torch keeps the random state, from which dropout is repeated, of those devices that the arguments lie on."""
+    student, seen = student_of(encoder).to("meta"), []
+    student.chunk = 2
+    monkeypatch.setattr(pairdistill, "checkpoint", lambda f, *piece, **_: seen.extend(piece) or torch.zeros(1, 1, 16, device="meta"))
+    with contextlib.suppress(Exception):  # on the meta device no row can be taken
+        student.encode_passages(TEXTS[:7])
+    assert len(seen) >= 8 and all(x.device.type == "meta" for x in seen)
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_where_the_newer_is_gone(encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pairdistill.fit, "__kwdefaults__", {**pairdistill.fit.__kwdefaults__, "checkpoint_every": 2})
     whole, terms = train_a_little(encoder, examples_of(), steps=7, checkpoint_folder=tmp_path)
     kept = [len(load_file(tmp_path / f"{name}.safetensors")["history"]) for name in ("last", "previous")]
@@ -1410,6 +1512,10 @@ def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_where_the_ne
     (tmp_path / "last.safetensors").unlink()  # as when the process was killed between the two renames
     resumed, again = train_a_little(encoder, examples_of(), steps=7, checkpoint_folder=tmp_path)
     assert again == terms and all(torch.equal(x, y) for x, y in zip(whole.parameters(), resumed.parameters()))
+    os.truncate(tmp_path / "last.safetensors", 100)  # as when the power failed
+    capsys.readouterr()
+    assert train_a_little(encoder, examples_of(), steps=7, checkpoint_folder=tmp_path)[1] == terms
+    assert capsys.readouterr().out.count("going on from step 4") == 1
 
 
 TWO_RANKS = """
@@ -1452,7 +1558,6 @@ def on_two_ranks(tmp_path, encoder: str, steps: int, out_of_memory_on: int | Non
 @pytest.mark.parametrize("settings", [{}, dict(batch=6, negatives=2)], ids=["", "a group on two ranks"])
 def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encoder, tmp_path, monkeypatch, settings):
     import contextlib
-    import pairdistill
     monkeypatch.setattr(pairdistill, "half", lambda device: contextlib.nullcontext())  # bfloat16 rounds by batch shape
     one, terms = train_a_little(encoder, examples_of(), steps=1, **settings)
     two = on_two_ranks(tmp_path, encoder, 1, out_of_memory_on=1, **settings)  # and the step, repeated on both, is the same
