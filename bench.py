@@ -106,15 +106,36 @@ def contestants(shape: Shape) -> dict[str, Callable[[Batch], Tensor]]:
     players |= {"eager bfloat16": partial(eager, torch.bfloat16), "eager float32": partial(eager, torch.float32),
                 "torch.compile": torch.compile(lambda x: eager(torch.bfloat16, x), dynamic=False)}
     blocks = (shape.B, shape.K) if shape.paired else (shape.B * shape.K,)
-    if importlib.util.find_spec("late_interaction_kernels"):
-        from late_interaction_kernels import maxsim as lik
-        players["late-interaction-kernels"] = lambda x: lik(
-            x.q, x.d_NLE.unflatten(0, blocks), d_mask=x.real_NL.unflatten(0, blocks) if shape.mean else None)
-    if importlib.util.find_spec("flash_maxsim"):
-        from flash_maxsim import flash_maxsim_batched_train as flash
-        players["flash-maxsim"] = lambda x: flash(
-            x.q, x.d_NLE.unflatten(0, blocks), not shape.paired, x.length_N if shape.mean else None)
+
+    def lik(x: Batch) -> Tensor:
+        from late_interaction_kernels import maxsim
+        return maxsim(*asked(x.q, x.d_NLE.unflatten(0, blocks)), d_mask=x.real_NL.unflatten(0, blocks) if shape.mean else None)
+
+    def flash(x: Batch) -> Tensor:
+        from flash_maxsim import flash_maxsim_batched, flash_maxsim_batched_train
+        q, d = asked(x.q, x.d_NLE.unflatten(0, blocks))
+        if torch.is_grad_enabled():
+            return flash_maxsim_batched_train(q, d, not shape.paired, x.length_N)
+        return flash_maxsim_batched(q, d, x.length_N, not shape.paired, pad_lq=False)  # 32 tokens would be multiplied as 128
+
+    for name, peer in ("late-interaction-kernels", lik), ("flash-maxsim", flash):
+        if importlib.util.find_spec(name.replace("-", "_")):
+            players[name] = peer
     return players
+
+
+def asked(*tensors: Tensor) -> list[Tensor]:
+    """Given a leaf that wants a gradient, a peer keeps what the backward pass reads, under no_grad too."""
+    return [x if torch.is_grad_enabled() else x.detach() for x in tensors]
+
+
+def forget_tuning() -> None:
+    """What the peers found to be fastest for another layout or length, which are not in their keys."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("late_interaction_kernels", "flash_maxsim")):
+            for kernel in vars(module).values():
+                if isinstance(kernel, mk.triton.runtime.Autotuner):
+                    kernel.cache.clear()
 
 
 def passages(name: str, x: Batch) -> Tensor:
@@ -167,13 +188,14 @@ def loss_contestants() -> dict[str, Callable[[int], Tensor]]:
 
 def time_ms(functions: dict[str, Callable[[int], object]], seconds: float, on_gpu: bool = False) -> dict[str, list]:
     """{name: [median, lower quartile, upper quartile]}; a function's argument says which copy of the inputs to take."""
-    cache = torch.empty(256 << 20 if GPU else 64 << 20, dtype=torch.int8, device=DEVICE)
+    cache = torch.zeros(64 << 20 if GPU else 16 << 20, device=DEVICE)  # four bytes each
     times, deadline = {name: [] for name in functions}, time.monotonic() + seconds
     for function in functions.values():
-        function(0)
+        for copy in range(COPIES):
+            function(copy)
     for turn in itertools.count():
         for name, function in functions.items():
-            cache.zero_()
+            cache.sum()  # read, not written: what is written would have to leave the cache while `function` is timed
             times[name].append((gpu_ms if on_gpu else wall_ms)(partial(function, turn % COPIES)))
         if turn >= 4 and time.monotonic() > deadline:
             quantiles = torch.tensor([0.5, 0.25, 0.75])
@@ -190,7 +212,7 @@ def wall_ms(function: Callable[[], object]) -> float:
 
 
 def gpu_ms(function: Callable[[], object]) -> float:
-    """Between two events. The GPU is still overwriting the cache when they are queued, so no launch is waited for."""
+    """Between two events. The GPU is still filling the cache when they are queued, so no launch is waited for."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -235,7 +257,7 @@ def ceilings() -> tuple[float, float]:
     """Bytes a millisecond of a large copy, operations a millisecond of a large matrix product."""
     size, n_bytes = (8192, 1 << 30) if GPU else (1024, 1 << 27)
     a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    source, target = (torch.zeros(n_bytes, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    source, target = (torch.randint(-128, 128, (n_bytes,), dtype=torch.int8, device=DEVICE) for _ in range(2))
     times = time_ms({"copy": lambda _: target.copy_(source), "product": lambda _: a @ b}, 2, on_gpu=GPU)
     return 2 * n_bytes / times["copy"][1], 2 * size**3 / times["product"][1]
 
@@ -278,7 +300,7 @@ def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
     table = "{:27}{:18}{:26}{:>10}{:>18}{:>9}{:>10}{:>10}{:>8}  {}".format
     print(table("shape", "what", "who", "wall ms", "quartiles", "gpu ms", "extra MB", "roofline", "ours is",
                 "errors"))
-    rows = []
+    rows, wrong = [], []
 
     def compete(name: str, what: str, functions: dict, errors: dict, gradient_bytes: dict, least: float) -> None:
         wall = time_ms(functions, seconds)
@@ -299,6 +321,7 @@ def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
 
     for shape in shapes:
         torch.compiler.reset()  # or torch.compile would give up after eight shapes
+        forget_tuning()
         batches = [Batch(shape, DTYPE, seed) for seed in range(COPIES)]
         modes = {"forward": forward, "forward+backward": forward_backward, "with the losses": with_losses}
         players, errors = contestants(shape), {}
@@ -312,7 +335,9 @@ def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
                 del players[who]
         of_scores, of_gradients = errors.get(OURS, (1, 1))
         if not (of_scores <= (2e-3 if GPU else 1e-5) and of_gradients <= (1e-2 if GPU else 1e-5)):
-            sys.exit(f"{shape.name}: {OURS} does not agree with float64: scores {of_scores}, gradients {of_gradients}")
+            wrong.append(f"{shape.name}: {OURS} does not agree with float64: scores {of_scores}, gradients {of_gradients}")
+            print(wrong[-1], flush=True)
+            continue
         for what, mode in modes.items():
             functions = {who: lambda copy, who=who, scores_of=scores_of: mode(shape, who, scores_of, batches[copy])
                          for who, scores_of in players.items()}
@@ -324,14 +349,16 @@ def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
     compete("losses 32x64, 50 pairs", "losses+gradient", loss_contestants(), {}, {}, 0)
     write(rows, about, out)
     print(f"\nwrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+    sys.exit("\n".join(wrong) or 0)
 
 
 def commit() -> str | None:
-    """Of the code, where it is a checkout."""
+    """Of the code, where it is a checkout; else what the variable COMMIT says."""
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        said = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except FileNotFoundError:  # no git
-        return None
+        said = ""
+    return said or os.environ.get("COMMIT")
 
 
 def write(rows: list[dict], about: dict, out: Path) -> None:
@@ -446,7 +473,8 @@ def compile_row(row: tuple, dtype: torch.dtype, mode: Callable) -> None:
 def tune(out: Path, seconds: float) -> None:
     """The rows for dim 128: for each kernel the candidate with the least product of own block's and all pairs' time."""
     capability = torch.cuda.get_device_capability()[0]
-    tiles = list(itertools.product((32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4)))
+    tiles = [tile for tile in itertools.product((32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4))
+             if tile[0] * tile[1] <= 128 * 32 * tile[2]]  # a thread's registers hold no more sums
     gathers = list(itertools.product((8, 16, 32, 64), (2, 4, 8)))
     kernels = (forward, tiles), (forward_backward, tiles), (forward_backward, gathers)
     found = dict(machine=torch.cuda.get_device_name(), torch=torch.__version__, triton=mk.triton.__version__, launch={}, times=[])
@@ -472,6 +500,8 @@ def tune(out: Path, seconds: float) -> None:
                 results.append((times[True][0] * times[False][0], row[kernel], times[True][0], times[False][0]))
                 found["times"].append(dict(dtype=str(dtype), kernel=kernel, candidate=row[kernel], own_ms=times[True][0],
                                            all_pairs_ms=times[False][0]))
+            if not results:
+                sys.exit(f"{dtype}, kernel {kernel}: no candidate could be measured")
             _, row[kernel], own, every = min(results)
             print(f"{dtype}, kernel {kernel}: {row[kernel]}, own {own:.3f} ms, all pairs {every:.3f} ms", flush=True)
             found["launch"][str(key)] = row

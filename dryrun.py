@@ -75,7 +75,7 @@ def small_run(run, folder: Path, f: int) -> tuple[dict, dict, dict]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"--dry-run: a small run to measure with ended with {done.returncode}: "
-                         f"{done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+                         f"{(done.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')}")
     log = [r for line in open(folder / "run" / "log.jsonl") if "stage" in (r := json.loads(line))]
     index = json.loads((folder / "run" / "iter0" / "index" / "manifest.json").read_text())
     labels = len(part.qrels["train"])
@@ -117,7 +117,8 @@ def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
                 print(f"{line} {'done before':>12}  {writes[0]}")
                 continue
             t_1, t_2 = (t.get(name, 0) for t in seconds)
-            each = max(t_2 - t_1, 0) / (n_2 - n_1) if n_2 > n_1 else 0
+            # The first run alone has cold caches: where it took longer, no difference tells what an item costs.
+            each = 0 if n_2 <= n_1 else (t_2 - t_1) / (n_2 - n_1) if t_2 > t_1 else t_2 / n_2
             if name in ("evaluate", "mine", "retrieve"):  # a few queries take no time beside loading: the index counted more
                 each = compared(len(run.data.passages)) / compared(measured[1]["passages"]) / measured[1]["queries_per_second"] / ranks
             spent = t_2 + each * max(n - n_2, 0)

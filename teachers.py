@@ -552,10 +552,10 @@ def made_lengths(n: int, rng: np.random.Generator) -> np.ndarray:
     return (71 * np.exp(0.42 * rng.standard_normal(n))).clip(8, 180).astype(int)
 
 
-def speed(teacher: Teacher, role: str, seconds: float = 20) -> dict:
+def speed(teacher: Teacher, role: str, seconds: float = 20, window: int = WINDOW) -> dict:
     """Items and tokens a second on texts as long as MS MARCO's, tokenizing included."""
     tokenizer, rng, slow = teacher.reader.tokenizer, np.random.default_rng(0), teacher.reader.model.device.type == "cpu"
-    n = teacher.window = 1024 if slow else WINDOW
+    n = teacher.window = 1024 if slow else window
     passages, queries = (np.array(made_texts(tokenizer, lengths, rng), dtype=object)
                          for lengths in (made_lengths(n, rng), [6] * n))
 
