@@ -55,7 +55,7 @@ def maxsim_eager(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = 
     length_N, (B, N) = offsets.diff(), (len(q), len(offsets) - 1)
     if len(d) == 0:
         nothing = q[:0].sum() + d.sum()  # 0, and in the graph
-        return nothing.to(_sum_dtype(q.dtype)).expand(_scores_shape(B, N, paired))
+        return nothing.to(_sum_dtype(q.dtype)).expand(_scores_shape(B, N, paired)).clone()
     position_L = torch.arange(int(length_N.max()), device=d.device)
     d_NLE = d[(offsets[:-1, None] + position_L).clamp(max=len(d) - 1)]  # what follows a short passage is masked below
     return maxsim_padded(q, d_NLE, length_N, q_mask, paired, _sum_dtype(q.dtype))
@@ -189,7 +189,8 @@ def _forward_kernel(
             best_TC = tl.maximum(best_TC, sims_TC, propagate_nan=tl.PropagateNan.ALL)
 
         # Reduce: over the rows, to each column's maximum and the lowest token that has it; then over each query.
-        best_C = tl.max(best_TC, 0)
+        nan_C = tl.max((best_TC != best_TC).to(tl.int32), 0) != 0  # which tl.max leaves out
+        best_C = tl.where(nan_C, float("nan"), tl.max(best_TC, 0))
         if SAVE:
             winner_C = tl.min(tl.where(best_TC == best_C, from_TC + tile_T[:, None], length), 0)
             base = n.to(tl.int64) * Q if PAIRED else (n.to(tl.int64) * B + first) * Q
@@ -207,7 +208,8 @@ def _forward_kernel(
 # The passages' gradient, dL/dd[t] = sum over the columns (b, i) that t wins of dL/ds[b, n] q[b, i], is a product again:
 # [tokens, columns] @ [columns, E], where the left side has dL/ds[b, n] where the column's winner is the row, else 0.
 # It is made in registers from the winners, in the inputs' type, and the tensor cores do the rest, in float32. One program
-# owns a passage's rows.
+# owns a passage's rows. As in any product, a query that is not finite reaches all of them; and in float16 a weight of less
+# than 2^-25 of its tile's largest is 0.
 
 
 @_kernel
@@ -414,7 +416,7 @@ def _head_kernel(
     log_point_K = point_K - tl.log(tl.sum(tl.exp(point_K), 0))
     point_K = tl.exp(log_point_K)
     per_query = 1.0 / tl.maximum(n_queries, 1)
-    kd = tl.sum(tl.where(point_K > 0, point_K * (log_point_K - shifted_K + normalizer), 0.0), 0) * per_query
+    kd = tl.sum(tl.where(point_K != 0, point_K * (log_point_K - shifted_K + normalizer), 0.0), 0) * per_query
     grad_K = weight_kd * per_query * (student_K - point_K)
 
     # L_pair
@@ -476,8 +478,8 @@ def _head_kernel(
 
 
 # ---- Launches --------------------------------------------------------------------------------------------------------
-# Tiles, warps and pipeline stages. A table, because an autotuner stalls for seconds at each new shape; none of the
-# table's rows spills registers (`python bench.py --compile`), and `python bench.py --tune` measures them again.
+# Tiles, warps and pipeline stages. A table, because an autotuner stalls for seconds at each new shape; up to 768 dimensions
+# none of its rows spills registers (`python bench.py --compile`), and `python bench.py --tune` measures them again.
 
 LAUNCH = {
     # (major compute capability, or 0 for any other; bytes an element; dim up to): for each kernel its tile, warps and stages:
@@ -551,16 +553,16 @@ def _triton_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None
 
 
 def _triton_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, winners: Tensor,
-                     paired: bool) -> tuple[Tensor, Tensor]:
+                     paired: bool, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
     (B, Q, _), N = q.shape, len(offsets) - 1
     _, passages, queries = launch_options(q.shape, q.element_size(), paired, _capability(q))
     masked, mask = q_mask is not None, q if q_mask is None else q_mask.view(torch.uint8)
-    grad_q, grad_d = torch.empty_like(q), torch.empty_like(d)
+    grad_q, grad_d = (torch.empty_like(x) if want else None for x, want in zip((q, d), wanted))
     inputs, sizes = (offsets, mask, winners, grad_scores), (B, Q, N, N // max(B, 1))
     with _on(q):
-        if N:
+        if N and wanted[1]:
             _backward_passages_kernel[(N,)](q, *inputs, grad_d, *sizes, MASKED=masked, **passages)
-        if B * Q:
+        if B * Q and wanted[0]:
             _backward_queries_kernel[(B * Q,)](d, *inputs, grad_q, *sizes, MASKED=masked, **queries)
     return grad_q, grad_d
 
@@ -611,13 +613,14 @@ def _blockwise_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | N
     _expect(max_length is None or longest <= max_length,
             f"max_length is {max_length}, but a passage has {longest} tokens")
     G, M = (B, N // max(B, 1)) if paired else (1, N)  # groups of queries and passages that meet, M passages in each
+    C = B * Q // max(G, 1)
     scores_NB = q.new_zeros(N, B // max(G, 1), dtype=dtype)
-    winners_NC = q.new_zeros(N, B * Q // max(G, 1), dtype=_winner_dtype(longest)) if save else None
+    winners_NC = q.new_zeros(N, C, dtype=_winner_dtype(longest)) if save else None
     for g in range(G):
-        q_EC = q.view(G, -1, E)[g].to(dtype).T
+        q_EC = q.view(G, C, E)[g].to(dtype).T
         for number_n, token_nL in _blocks(offsets, g * M, g * M + M, q_EC.shape[1]):
             n, L = token_nL.shape
-            sims_nLC = (d.index_select(0, token_nL.flatten()).to(dtype) @ q_EC).view(n, L, -1)
+            sims_nLC = (d.index_select(0, token_nL.flatten()).to(dtype) @ q_EC).view(n, L, C)
             best_nC = sims_nLC.amax(1)
             if save:
                 # The first row that holds the maximum, in float arithmetic, which is vectorized on a CPU (max with
@@ -628,9 +631,10 @@ def _blockwise_forward(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | N
                 last_n1 = (offsets[number_n + 1] - offsets[number_n] - 1)[:, None]
                 winners_NC[number_n] = torch.minimum(winner_nC, last_n1).to(winners_NC.dtype)
             if q_mask is not None:
-                best_nC = best_nC.masked_fill(~q_mask.view(G, -1)[g], 0)
-            scores_NB[number_n] = best_nC.view(n, -1, Q).sum(-1)
-    return (scores_NB.view(B, M) if paired else scores_NB.T.contiguous()), winners_NC
+                best_nC = best_nC.masked_fill(~q_mask.view(G, C)[g], 0)
+            scores_NB[number_n] = best_nC.view(n, B // G, Q).sum(-1)
+    # A copy: what an autograd function returns as a view cannot be changed in place.
+    return (scores_NB.view(B, M) if paired else scores_NB.T).clone(memory_format=torch.contiguous_format), winners_NC
 
 
 def _winner_dtype(longest: int) -> torch.dtype:
@@ -638,8 +642,8 @@ def _winner_dtype(longest: int) -> torch.dtype:
 
 
 def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None,
-                        winners_NC: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
-    """Both gradients as weighted sums of rows: torch's embedding_bag, which adds in a fixed order."""
+                        winners_NC: Tensor, paired: bool, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients as weighted sums of rows: torch's embedding_bag, which adds in a fixed order."""
     (B, Q, E), T, (N, C) = q.shape, len(d), winners_NC.shape
     if T == 0 or winners_NC.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(d)
@@ -650,15 +654,19 @@ def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tens
     weight_GMC = weight_GMC * (offsets.diff() > 0).view(G, M, 1)
     if q_mask is not None:
         weight_GMC = weight_GMC * q_mask.view(G, 1, C)
+        q = q.masked_fill(~q_mask[..., None], 0)  # what is not finite would pass a weight of 0
+    grad_q = grad_d = None
     # A bag for each query token: the passage tokens that it chose.
-    token_RM, weight_RM = (x.transpose(1, 2).reshape(B * Q, M) for x in (token_GMC, weight_GMC))
-    grad_q = F.embedding_bag(token_RM, d.to(dtype), mode="sum", per_sample_weights=weight_RM)
+    if wanted[0]:
+        token_RM, weight_RM = (x.transpose(1, 2).reshape(B * Q, M) for x in (token_GMC, weight_GMC))
+        grad_q = F.embedding_bag(token_RM, d.to(dtype), mode="sum", per_sample_weights=weight_RM).view_as(q).to(q.dtype)
     # A bag for each passage token: the query tokens that chose it, which a stable sort brings together.
-    token, order = token_GMC.flatten().sort(stable=True)
-    begin_T = torch.searchsorted(token, torch.arange(T, device=d.device))
-    row, weight = row_GMC.flatten()[order], weight_GMC.flatten()[order]
-    grad_d = F.embedding_bag(row, q.view(-1, E).to(dtype), begin_T, mode="sum", per_sample_weights=weight)
-    return grad_q.view_as(q).to(q.dtype), grad_d.to(d.dtype)
+    if wanted[1]:
+        token, order = token_GMC.flatten().sort(stable=True)
+        begin_T = torch.searchsorted(token, torch.arange(T, device=d.device))
+        row, weight = row_GMC.flatten()[order], weight_GMC.flatten()[order]
+        grad_d = F.embedding_bag(row, q.view(-1, E).to(dtype), begin_T, mode="sum", per_sample_weights=weight).to(d.dtype)
+    return grad_q, grad_d
 
 
 # ---- Autograd --------------------------------------------------------------------------------------------------------
@@ -677,7 +685,7 @@ class _MaxSim(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_scores):
         backward = _triton_backward if ctx.backend == "triton" else _blockwise_backward
-        return *backward(grad_scores.contiguous(), *ctx.saved_tensors, ctx.paired), *[None] * 6
+        return *backward(grad_scores.contiguous(), *ctx.saved_tensors, ctx.paired, ctx.needs_input_grad[:2]), *[None] * 6
 
 
 class _Head(torch.autograd.Function):
@@ -687,7 +695,7 @@ class _Head(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scores, teacher, pairs, pair_probs, positive, grad)
         ctx.options = options
-        return tuple(losses.unbind())
+        return tuple(map(torch.clone, losses))  # not views, which could not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -719,7 +727,7 @@ class _Objective(torch.autograd.Function):
             losses = torch.stack(losses).detach()
         ctx.save_for_backward(q, d, offsets, q_mask, winners, grad)
         ctx.paired, ctx.backend = paired, backend
-        total, *terms = losses.unbind()
+        total, *terms = map(torch.clone, losses)
         ctx.mark_non_differentiable(*terms)
         return total, *terms
 
@@ -728,7 +736,7 @@ class _Objective(torch.autograd.Function):
     def backward(ctx, grad_total, *_):
         *inputs, grad = ctx.saved_tensors
         backward = _triton_backward if ctx.backend == "triton" else _blockwise_backward
-        return *backward(grad_total * grad, *inputs, ctx.paired), *[None] * 11
+        return *backward(grad_total * grad, *inputs, ctx.paired, ctx.needs_input_grad[:2]), *[None] * 11
 
 
 # ---- What other files call -------------------------------------------------------------------------------------------
@@ -736,14 +744,15 @@ class _Objective(torch.autograd.Function):
 
 def maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = None, backend: str = "auto", *,
            max_length: int | None = None) -> Tensor:
-    """Scores of every query with every passage, float32 [B, N]; differentiable in q and d.
+    """Scores of every query with every passage, float32 [B, N]; differentiable once in q and d (twice by "eager" alone).
 
-    q [B, Q, E], d [T, E]: float32, float16 or bfloat16, sums in float32 (float64 where the backend is not triton).
-    offsets int32 [N + 1], from 0 to T: passage n is d[offsets[n]:offsets[n + 1]]; an empty one scores 0, with zero
-    gradient. One whose vectors are NaN scores NaN.
+    q [B, Q, E], d [T, E]: float32, float16 or bfloat16, sums in float32. Where the backend is not triton they may be float64,
+    and so are the sums.
+    offsets int32 [N + 1], from 0 to T, which on a GPU is not checked: passage n is d[offsets[n]:offsets[n + 1]]; an empty one
+    scores 0, with zero gradient. One with a NaN scores NaN.
     q_mask bool [B, Q]: False adds 0 to the score. A tie goes to the lowest token.
     max_length: a bound on the passages' lengths, where the caller knows one (else T is): the saved winners take 1, 2 or
-    4 bytes each by it, and a passage that breaks it scores NaN (backend torch: ValueError).
+    4 bytes each by it, and a passage that breaks it scores NaN (torch: ValueError; eager has no use for it).
     backend: "triton" (CUDA, or TRITON_INTERPRET=1), "torch" (blockwise; on CUDA it synchronizes), "eager" (the
     reference), "auto" (triton on CUDA, torch on a CPU).
     """
@@ -758,7 +767,7 @@ def maxsim_paired(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None =
 
 def _maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, backend: str, max_length: int | None,
             paired: bool) -> Tensor:
-    _check_maxsim(q, d, offsets, q_mask, paired)
+    _check_maxsim(q, d, offsets, q_mask, max_length, paired)
     backend = _choose(backend, q)
     with torch.autocast(q.device.type, enabled=False):  # similarities are what bfloat16 inputs make them, no less
         if backend == "eager":
@@ -784,15 +793,15 @@ def pairdistill_loss(scores: Tensor, teacher: Tensor, pairs: Tensor, pair_probs:
 
     scores [B, K], each query with its own block, or [B, width], with the blocks of all queries of the global batch, in
     their order; then this rank's queries are first_query to first_query + B - 1, and columns outside the own block are
-    L_CL's negatives. In [B, K] the rest of the own block is. teacher [B, K]: pointwise scores of the own block, in any order. pairs int [B, P, 2]: positions
-    (i, j) in the own block, -1 twice for padding. pair_probs [B, P]: P(d_i > d_j | q). positive int [B]: the labelled
-    positive's position, -1 where there is none.
+    L_CL's negatives. In [B, K], and so where there is one query in all, the rest of the own block is. teacher [B, K]: pointwise
+    scores of the own block, in any order. pairs int [B, P, 2]: positions (i, j) in it, -1 twice for padding. pair_probs
+    [B, P]: P(d_i > d_j | q). positive int [B]: the labelled positive's position, -1 where there is none.
     n_queries, n_labelled, n_pairs: counts over the global batch that the means divide by (None: this batch's own), so
     that the ranks' losses add up to the global batch's. pair_reduction "mean": over all pairs; "sum": over a query's
     pairs, then the mean over queries.
     """
     options = LossOptions(tau, lambda_kd, lambda_pair, pair_reduction, first_query, n_queries, n_labelled, n_pairs)
-    _expect_tensor("scores", scores, "float", (len(teacher), "width"), scores.device)
+    _expect_tensor("scores", scores, "float", ("B", "width"), getattr(scores, "device", None))
     _check_losses(scores.shape[1], teacher, pairs, pair_probs, positive, options, len(scores), scores.device)
     scores = scores.to(_sum_dtype(scores.dtype))
     if _choose(backend, scores) == "triton":
@@ -811,7 +820,7 @@ def pairdistill_objective(q: Tensor, d: Tensor, offsets: Tensor, teacher: Tensor
     Its total is differentiable in q and d; cl, kd and pair are there to be looked at (with backend "eager", all are).
     """
     options = LossOptions(tau, lambda_kd, lambda_pair, pair_reduction, first_query, n_queries, n_labelled, n_pairs)
-    _check_maxsim(q, d, offsets, q_mask, paired=not in_batch)
+    _check_maxsim(q, d, offsets, q_mask, max_length, paired=not in_batch)
     width = _scores_shape(len(q), len(offsets) - 1, not in_batch)[1]
     _check_losses(width, teacher, pairs, pair_probs, positive, options, len(q), q.device)
     backend = _choose(backend, q)
@@ -824,10 +833,10 @@ def pairdistill_objective(q: Tensor, d: Tensor, offsets: Tensor, teacher: Tensor
 
 
 # ---- The boundary: one sentence for each thing that can be wrong -----------------------------------------------------
-# Values are looked at on a CPU only: a GPU would have to finish what it is doing first.
+# Values are not looked at on a GPU, which would have to finish first what it is doing.
 
 BACKENDS = ("auto", "triton", "torch", "eager")
-TRITON_MAX_DIM = 1024  # a tile holds whole rows
+TRITON_MAX_DIM = 1024
 
 
 def _expect(holds: bool | Tensor, message: str) -> None:
@@ -837,6 +846,7 @@ def _expect(holds: bool | Tensor, message: str) -> None:
 
 def _expect_tensor(name: str, tensor: Tensor, kind: str, shape: tuple, device: torch.device) -> None:
     """kind: a dtype's name, "float" or "int"; a string in shape names an axis of any size."""
+    _expect(isinstance(tensor, Tensor), f"{name} must be a tensor, got a {type(tensor).__name__}")
     dtype = str(tensor.dtype).removeprefix("torch.")
     kinds = {"float": ("float32", "float16", "bfloat16", "float64"), "int": ("int64", "int32", "int16", "int8")}
     sizes_fit = len(shape) == tensor.dim() and all(isinstance(n, str) or n == m for n, m in zip(shape, tensor.shape))
@@ -847,27 +857,38 @@ def _expect_tensor(name: str, tensor: Tensor, kind: str, shape: tuple, device: t
 
 def _choose(backend: str, tensor: Tensor) -> str:
     _expect(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    fits = tensor.dtype != torch.float64 and (tensor.dim() == 2 or tensor.shape[-1] <= TRITON_MAX_DIM)
+    fits = tensor.dtype != torch.float64 and (tensor.dim() == 2 or tensor.shape[-1] <= _max_dim(tensor))
     if backend == "auto":
         return "triton" if triton is not None and tensor.is_cuda and fits else "torch"
     if backend == "triton":
         _expect(triton is not None, "backend='triton' needs the package triton (for Linux), which is not installed")
         _expect(tensor.is_cuda or INTERPRETED.value, "backend='triton' needs tensors on a CUDA device, or "
                 f"TRITON_INTERPRET=1 in the environment before Python starts, got tensors on {tensor.device}")
-        _expect(fits, f"backend='triton' takes no float64, and dim up to {TRITON_MAX_DIM}, "
+        _expect(fits, f"backend='triton' takes no float64, and here dim up to {_max_dim(tensor)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}")
     return backend
 
 
-def _check_maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, paired: bool) -> None:
-    _expect_tensor("q", q, "float", ("B", "Lq", "dim"), q.device)
+def _max_dim(tensor: Tensor) -> int:
+    """A tile holds whole rows; those of more than 512 dimensions in float32 take 128 KB of shared memory."""
+    if tensor.is_cuda and tensor.element_size() == 4:
+        room = torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+        return TRITON_MAX_DIM if room >= 128 << 10 else TRITON_MAX_DIM // 2
+    return TRITON_MAX_DIM
+
+
+def _check_maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None, max_length: int | None, paired: bool) -> None:
+    _expect_tensor("q", q, "float", ("B", "Lq", "dim"), getattr(q, "device", None))
     _expect_tensor("d", d, str(q.dtype).removeprefix("torch."), ("T", q.shape[2]), q.device)
     _expect_tensor("offsets", offsets, "int32", ("N + 1",), q.device)
     if q_mask is not None:
         _expect_tensor("q_mask", q_mask, "bool", tuple(q.shape[:2]), q.device)
     B, N = len(q), len(offsets) - 1
+    _expect(q.shape[2] > 0, "q and d must have dimensions, got none")
+    _expect(max_length is None or max_length >= 0, f"max_length must be 0 or more, got {max_length}")
     _expect(N >= 0, "offsets must hold one number more than there are passages, got none")
-    _expect(not paired or N == 0 or (B > 0 and N % B == 0), f"each query needs the same number of passages, got {N} for {B} queries")
+    _expect(not paired or N == 0 or (B > 0 and N % B == 0),
+            f"each query needs the same number of passages, got {N} for {B} queries")
     if not q.is_cuda:
         _expect(offsets[0] == 0 and offsets[-1] == len(d) and (offsets.diff() >= 0).all(),
                 f"offsets must begin with 0, never fall and end with d's {len(d)} rows")
@@ -885,6 +906,9 @@ def _check_losses(width: int, teacher: Tensor, pairs: Tensor, pair_probs: Tensor
     _expect(K > 0 and (width == K or (width % K == 0 and 0 <= first and (first + B) * K <= width)),
             f"scores must be {K} wide (the own block) or {K} times the number of all queries, of which these are "
             f"{first} to {first + B - 1}, got {width}")
+    for name in ("n_queries", "n_labelled", "n_pairs"):
+        count = getattr(options, name)
+        _expect(count is None or count >= 0, f"{name} must be 0 or more, got {count}")
     _expect(options.tau > 0, f"tau must be more than 0, got {options.tau}")
     _expect(options.pair_reduction in ("mean", "sum"),
             f"pair_reduction must be 'mean' or 'sum', got {options.pair_reduction!r}")

@@ -91,7 +91,7 @@ class _GatherRows(torch.autograd.Function):
 def gather_passages(d: torch.Tensor, offsets: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged passages of all ranks, differentiable: d [T_r, E], offsets [N_r + 1] -> d [T, E], offsets [N + 1].
 
-    Without it the in-batch negatives of L_CL would be those of one rank (as they are in the authors' code), and the
+    # OURS: without it the in-batch negatives of L_CL would be those of one rank (as they are in the authors' code), and the
     result would depend on the number of GPUs.
     """
     if ranks.world == 1:

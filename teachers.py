@@ -132,9 +132,10 @@ class Classifier(nn.Module):
 class Prompted(nn.Module):
     """A language model that answers a prompt with one of two words."""
 
-    def __init__(self, model: nn.Module, tokenizer, role: str, family: str, max_length: int = 512):
+    def __init__(self, model: nn.Module, tokenizer, role: str, family: str, max_length: int | None = None):
         super().__init__()
-        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = max_length or (512 if family == "t5" else 1024)  # OURS: for T5; the authors' duoT5 reads 360 tokens
         self.template, *answers = TEMPLATES[role, family]
         self.answers = []
         for answer in answers:

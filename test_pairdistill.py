@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -433,6 +434,7 @@ if maxsim_kernel.triton is not None:
         BACKENDS.append("triton")
 LAYOUTS = pytest.mark.parametrize("paired", [False, True], ids=["all_pairs", "own_block"])
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+WITH_GRADIENTS_OF_OURS = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
 # Largest error allowed, relative to the largest value: (scores, each gradient).
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-3, 1e-2),
              torch.float16: (2e-3, 2e-3)}
@@ -610,9 +612,57 @@ def test_a_passage_longer_than_it_was_said_to_be_does_not_go_unnoticed():
 @EVERY_BACKEND
 def test_a_nan_is_not_lost_in_a_maximum(backend, paired):
     q, d, offsets, _ = ragged([5, 70], 2, 3, 16)
-    d[5:] = torch.nan
-    scores = scores_and_gradients(q, d, offsets, None, paired, backend)[0]
-    assert scores.isnan().tolist() == ([[False], [True]] if paired else [[False, True]] * 2)
+    for token in (5, 40, 74):  # the first, one between, the last
+        one = d.detach().clone()
+        one[token] = torch.nan
+        scores = scores_and_gradients(q, one, offsets, None, paired, backend)[0]
+        assert scores.isnan().tolist() == ([[False], [True]] if paired else [[False, True]] * 2)
+
+
+@LAYOUTS
+@WITH_GRADIENTS_OF_OURS
+def test_a_masked_query_token_that_is_not_finite_reaches_no_gradient(backend, paired):
+    q, d, offsets, q_mask = ragged([5, 7], 2, 3, 16, masked=True)
+    q_mask[:, 0], q_mask[:, 1] = True, False
+    q = q.detach().clone()
+    q[:, 1] = torch.nan
+    assert all(x.isfinite().all() for x in scores_and_gradients(q, d, offsets, q_mask, paired, backend))
+
+
+@EVERY_BACKEND
+def test_scores_and_losses_can_be_changed_in_place(backend):
+    q, d, offsets, _ = ragged([5, 7], 2, 3, 16)
+    for paired, rows in itertools.product((True, False), (1, 2)):
+        scores = (maxsim_paired if paired else maxsim)(q[:rows].detach().requires_grad_(), d, offsets, backend=backend)
+        scores /= 2
+        scores.sum().backward()
+    inputs = torch.randn(2, 1), torch.zeros(2, 0, 2, dtype=torch.int32), torch.zeros(2, 0), torch.zeros(2, dtype=torch.int32)
+    inputs = [x.to(DEVICE) for x in inputs]
+    for total in (pairdistill_objective(q.detach().requires_grad_(), d, offsets, *inputs, backend=backend).total,
+                  pairdistill_loss(torch.randn(2, 2, device=DEVICE, requires_grad=True), *inputs, backend=backend).total):
+        total *= 2
+        total += 1
+        total.backward()
+
+
+@EVERY_BACKEND
+def test_queries_without_tokens_score_nothing(backend):
+    q, d, offsets, _ = ragged([5, 7], 2, 3, 16)
+    for paired in (True, False):
+        scores = (maxsim_paired if paired else maxsim)(q[:, :0], d, offsets, backend=backend)
+        assert scores.shape == (2, 1 if paired else 2) and not scores.any()
+
+
+@LAYOUTS
+@WITH_GRADIENTS_OF_OURS
+def test_a_gradient_that_nobody_wants_is_not_computed_and_the_other_is_the_same(backend, paired):
+    q, d, offsets, _ = ragged([5, 7], 2, 3, 16)
+    upstream, function = torch.ones(2, 1 if paired else 2, device=DEVICE), maxsim_paired if paired else maxsim
+    q, d = q.detach(), d.detach()
+    both = torch.autograd.grad(function(q.requires_grad_(), d.requires_grad_(), offsets, backend=backend), (q, d), upstream)
+    only_q = torch.autograd.grad(function(q, d.detach(), offsets, backend=backend), q, upstream)[0]
+    only_d = torch.autograd.grad(function(q.detach(), d, offsets, backend=backend), d, upstream)[0]
+    assert torch.equal(only_q, both[0]) and torch.equal(only_d, both[1])
 
 
 @EVERY_BACKEND
@@ -2515,6 +2565,21 @@ def test_teachers_are_trained_from_any_encoder_and_compared_without_an_iteration
     assert config["teacher_role"] == "pairwise" and config["architectures"] == ["BertForSequenceClassification"]
 
 
+def test_a_teacher_that_has_learned_nothing_is_said_to_have(tmp_path):
+    some = types.SimpleNamespace(out=tmp_path, ranks=Ranks())
+    for accuracy in (.5, .9):
+        rows = [dict(teacher="pairwise", step=n, loss=.7, accuracy=accuracy) for n in range(20)] + [dict(teacher="pairwise", held_out=.6)]
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.warns(match="pairwise teacher has learned nothing: .*--teacher-lr") if accuracy == .5 else contextlib.nullcontext():
+            said = run.teacher_accuracy(some, "pairwise")
+        assert said.startswith("in the right order: 60.0% of held-out pairs")
+
+
+@pytest.mark.parametrize("name, length", [("ir_datasets:beir/arguana", 300), ("my/climate_fever/", 64), ("/data/arguana-like/nfcorpus", None)])
+def test_a_collection_is_known_by_its_own_name(name, length):
+    assert run.parse(["--preset", "evaluate", "--data", name])[1].query_length == length
+
+
 def settings_of(flags: str) -> dict:
     """Those of a command that are not the defaults."""
     config = run.parse(flags.split())[1]
@@ -2581,7 +2646,7 @@ def test_what_was_published_is_overridden_by_flags_and_leaves_other_presets_thei
     assert settings_of("--preset zeroshot --as-published") == dict(
         FLAN, delta=8, orders="one", positive="teacher", temperature=5.0, batch=4, negatives=2, out="runs/zeroshot")
     assert settings_of("--preset dpr --as-published") == dict(
-        DPR_ROW, delta=6, orders="one", positive="teacher", lambda_pair=1.0, lr=3e-5, warmup=10_000, batch=36, out="runs/dpr")
+        DPR_ROW, delta=6, n_pairs=8, orders="one", positive="teacher", lambda_pair=1.0, lr=3e-5, warmup=10_000, batch=36, out="runs/dpr")
 
 
 def test_lengths_expansion_and_markers_are_the_folders_unless_a_flag_says_otherwise(encoder, tmp_path):
