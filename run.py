@@ -95,6 +95,7 @@ class Config:
     pair_reduction: str = option("mean", "L_pair over all pairs of the batch, or sum over a query's (as written)",
                                  "sum; authors' code: mean")
     eval_k: int = option(1000, "passages retrieved for an evaluation query", "1000")
+    bm25: bool = option(True, "rank by BM25 too, once: rank 0 holds 8 bytes for each word of the collection", "in table 1, cited")
     rerank: int = option(100, "of them, how many the pointwise teacher reranks for the table; 0: no teacher rows", "in table 5, how many is not said")
     rerank_pairs: int = option(10, "of those, how many the pairwise teacher then compares, each with each", "in table 5, how many is not said")
 
@@ -223,8 +224,8 @@ def check(config: Config) -> None:
 # What a stage makes of what --------------------------------------------------------------------------------------------
 
 # Each stage's result and what else it leaves; the files that it reads; the settings that it reads, beside the seed and the
-# collection. {t} is its iteration, {s} the one before. --gpus, --passage-chunk and --iters are in no row: they change rounding
-# and what dropout draws at most.
+# collection. {t} is its iteration, {s} the one before. --gpus, --passage-chunk, --iters and --bm25 are in no row: they change
+# rounding, what dropout draws, or a row of the table at most.
 STAGES = {
     "student": ("iter{t}/student iter{t}/checkpoint scratch/student", "",
                 "student architecture dim query_length passage_length expansion markers labels base_steps base_batch base_lr "
@@ -582,7 +583,7 @@ def evaluate_student(run: Run, iteration: int, folder: Path) -> None:
     ids = run.data.passage_ids
     found = {q: {ids[p]: float(s) for p, s in zip(ps, ss) if p >= 0} for q, ps, ss in zip(run.eval_ids, positions, scores)}
     rows = [dict(system="student", iteration=iteration, **run.evaluate(found))]
-    if iteration == 0:
+    if iteration == 0 and run.config.bm25:
         bm25 = bm25_run(run.data, {q: run.data.queries[q] for q in run.eval_ids}, k + bool(run.own))
         for q in run.own:
             bm25[q].pop(q, None)
@@ -905,7 +906,9 @@ def picture(run: Run, rows: list[dict]) -> None:
         points = sorted((r["iteration"], r["MRR@10"]) for r in rows if r["system"] == system)
         if points:
             quality.plot(*zip(*points), "s", color=colour, label=label)
-    quality.axhline(next(r["MRR@10"] for r in rows if r["system"] == "bm25"), color="grey", linestyle="--", label="BM25")
+    for r in rows:
+        if r["system"] == "bm25":
+            quality.axhline(r["MRR@10"], color="grey", linestyle="--", label="BM25")
     quality.set(title="quality", xlabel="iteration", ylabel="MRR@10", xticks=[t for t, _ in student])
     quality.margins(y=0.2)
     quality.legend(fontsize=8)

@@ -2690,6 +2690,8 @@ def test_a_student_is_evaluated_without_teachers_or_training_queries_and_a_query
     assert run.main([*command, "--out", str(tmp_path / "rows")]) == 0
     bm25, student = json.loads((tmp_path / "rows" / "metrics.json").read_text())
     assert bm25["MRR@10"] == 1 and student["MRR@10"] > 0
+    assert run.main([*command, "--out", str(tmp_path / "plain"), "--no-bm25"]) == 0
+    assert json.loads((tmp_path / "plain" / "metrics.json").read_text()) == [student] and (tmp_path / "plain" / "report.png").exists()
 
 
 def test_without_judgements_answers_are_looked_for_in_the_passages(encoder, tmp_path, capsys):
