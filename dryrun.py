@@ -22,6 +22,7 @@ from pathlib import Path
 from data import Collection, save_collection
 
 ALL_COMPARED = 500_000  # tokens of a collection whose passages are all compared with a query
+SIZES = 1, 3  # of the two small runs: far enough apart that the first one's cold caches are little beside the difference
 
 
 def amounts(c, passages: int, train: int, labelled: int, held_out: int) -> dict[str, tuple[int, str]]:
@@ -104,8 +105,8 @@ def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
     print(f"{c.data}: {len(run.data.passages):,} passages, {len(run.train_ids):,} training queries ({labelled:,} labelled), "
           f"{len(run.eval_ids):,} held-out queries\n")
     with tempfile.TemporaryDirectory() as folder:
-        seconds, sizes, measured = zip(*(small_run(run, Path(folder, f"part{f}"), f) for f in (1, 2)))
-        tokens, small = measured[1]["tokens"], Path(folder, "part2", "run")
+        seconds, sizes, measured = zip(*(small_run(run, Path(folder, f"part{f}"), f) for f in SIZES))
+        tokens, small = measured[1]["tokens"], Path(folder, f"part{SIZES[1]}", "run")
         compared = lambda passages: (min(passages * tokens, ALL_COMPARED) * max(passages * tokens / ALL_COMPARED, 1) ** .6)
         total = disk = arrays = 0
         for stage in stages:
@@ -117,7 +118,7 @@ def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
                 print(f"{line} {'done before':>12}  {writes[0]}")
                 continue
             t_1, t_2 = (t.get(name, 0) for t in seconds)
-            # The first run alone has cold caches: where it took longer, no difference tells what an item costs.
+            # Where the smaller run took longer, no difference tells what an item costs: this much at most.
             each = 0 if n_2 <= n_1 else (t_2 - t_1) / (n_2 - n_1) if t_2 > t_1 else t_2 / n_2
             if name in ("evaluate", "mine", "retrieve"):  # a few queries take no time beside loading: the index counted more
                 each = compared(len(run.data.passages)) / compared(measured[1]["passages"]) / measured[1]["queries_per_second"] / ranks

@@ -753,8 +753,8 @@ def teacher_accuracy(run: Run, role: str) -> str:
     log = [r for line in open(run.out / "log.jsonl") if (r := json.loads(line)).get("teacher") == role]
     trained = np.mean([r["accuracy"] for r in log if "accuracy" in r][-10:])
     if trained < .55:  # a constant has .5
-        warnings.warn(f"the {role} teacher has learned nothing: of the last triplets it puts {trained:.1%} in the right order, "
-                      f"and chance {.5:.0%}; another --teacher-lr, or more --teacher-steps, with --restart-from iter0/fit-{role}")
+        run.ranks.say(f"  the {role} teacher has learned nothing: of the last triplets it puts {trained:.1%} in the right order, and chance "
+                      f"50%; give another --teacher-lr, or more --teacher-steps, with --restart-from iter0/fit-{role}")
     return f"in the right order: {log[-1]['held_out']:.1%} of held-out pairs, {trained:.1%} of the last trained on"
 
 
