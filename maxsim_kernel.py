@@ -141,6 +141,20 @@ def _dot(a, b):
 
 
 @_kernel
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@_kernel
+def _largest(x_TC):
+    """tl.max(x_TC, 0) leaves out a NaN."""
+    if INTERPRETED:  # which would call _larger once an element
+        return tl.where(tl.max((x_TC != x_TC).to(tl.int32), 0) != 0, float("nan"), tl.max(x_TC, 0))
+    else:
+        return tl.reduce(x_TC, 0, _larger)
+
+
+@_kernel
 def _forward_kernel(
     q_ptr,  # [B, Q, E], float
     d_ptr,  # [T, E], float
@@ -186,11 +200,10 @@ def _forward_kernel(
             sims_TC = _dot(d_TE, tl.trans(q_CE))
             if SAVE:
                 from_TC = tl.where(sims_TC > best_TC, t, from_TC)
-            best_TC = tl.maximum(best_TC, sims_TC, propagate_nan=tl.PropagateNan.ALL)
+            best_TC = _larger(best_TC, sims_TC)
 
         # Reduce: over the rows, to each column's maximum and the lowest token that has it; then over each query.
-        nan_C = tl.max((best_TC != best_TC).to(tl.int32), 0) != 0  # which tl.max leaves out
-        best_C = tl.where(nan_C, float("nan"), tl.max(best_TC, 0))
+        best_C = _largest(best_TC)
         if SAVE:
             winner_C = tl.min(tl.where(best_TC == best_C, from_TC + tile_T[:, None], length), 0)
             base = n.to(tl.int64) * Q if PAIRED else (n.to(tl.int64) * B + first) * Q

@@ -338,7 +338,8 @@ class Run:
             self.eval_ids = [self.eval_ids[n] for n in sorted(drawn)]
         self.qrels = {q: qrels[q] for q in self.eval_ids if q in qrels}
         # A query's own passage, ArguAna's argument that is to be countered, is no result. As in BEIR (beir/retrieval/evaluation.py,
-        # ignore_identical_ids) it is known by its id, in every collection; # OURS: unless it is judged, or by answers, because ids may be row numbers.
+        # ignore_identical_ids) it is known by its id, in every collection.
+        # OURS: unless it is judged, or the query is by answers, because ids may be row numbers.
         self.own = {q: n for q, n in self.data.positions(self.eval_ids).items()
                     if q not in self.qrels.get(q, {}) and q not in self.data.answers}
         if not self.train_ids and (config.iters or config.base_steps or any(map(is_trained, (config.pointwise, config.pairwise)))):
