@@ -87,7 +87,7 @@ def plot(files: list[Path], path: Path) -> None:
     import matplotlib.pyplot as plt
     said = [json.loads(file.read_text()) for file in files]
     sizes = [len(one["rows"]) for one in said]
-    figure, panels = plt.subplots(len(said), figsize=(7, .8 * len(said) + .28 * sum(sizes)), height_ratios=sizes,
+    figure, panels = plt.subplots(len(said), figsize=(9, .8 * len(said) + .28 * sum(sizes)), height_ratios=sizes,
                                   layout="constrained", squeeze=False)
     for axes, one in zip(panels[:, 0], said):
         for y, row in enumerate(one["rows"]):
