@@ -646,6 +646,14 @@ def test_scores_and_losses_can_be_changed_in_place(backend):
 
 
 @EVERY_BACKEND
+def test_a_nan_of_the_teacher_is_not_lost_in_the_loss(backend):
+    teacher = torch.tensor([[0., torch.nan, 1.], [1., 2., 3.]])
+    inputs = [x.to(DEVICE) for x in (torch.randn(2, 3), teacher, torch.zeros(2, 0, 2, dtype=torch.int32), torch.zeros(2, 0))]
+    losses = pairdistill_loss(*inputs, backend=backend)
+    assert losses.kd.isnan() and losses.total.isnan()
+
+
+@EVERY_BACKEND
 def test_queries_without_tokens_score_nothing(backend):
     q, d, offsets, _ = ragged([5, 7], 2, 3, 16)
     for paired in (True, False):
