@@ -264,7 +264,7 @@ def find(name: str, filename: str) -> Path | None:
     except errors.LocalEntryNotFoundError as e:
         # Known to be absent: asked for before, or `hf download` brought all files, .gitattributes too.
         if isinstance(try_to_load_from_cache(name, ".gitattributes"), str) or (
-                try_to_load_from_cache(name, filename) not in (None, "")):
+                try_to_load_from_cache(name, filename) is not None):
             return None
         raise ValueError(cannot_load(name, e)) from e
     except errors.EntryNotFoundError:

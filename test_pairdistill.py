@@ -1225,6 +1225,7 @@ def test_a_save_that_is_interrupted_leaves_nothing_that_loads(encoder, tmp_path,
 
 def test_a_hub_file_that_cannot_be_asked_for_is_not_one_that_is_absent(monkeypatch):
     import huggingface_hub as hub
+    import huggingface_hub.errors
     answers = dict(raised=hub.errors.LocalEntryNotFoundError("offline"), cached={})
 
     def download(name, filename):
@@ -1616,7 +1617,6 @@ def on_two_ranks(tmp_path, encoder: str, steps: int, out_of_memory_on: int | Non
 
 @pytest.mark.parametrize("settings", [{}, dict(batch=6, negatives=2)], ids=["", "a group on two ranks"])
 def test_one_step_on_two_ranks_has_the_losses_and_the_gradient_of_one_rank(encoder, tmp_path, monkeypatch, settings):
-    import contextlib
     monkeypatch.setattr(pairdistill, "half", lambda device: contextlib.nullcontext())  # bfloat16 rounds by batch shape
     one, terms = train_a_little(encoder, examples_of(), steps=1, **settings)
     two = on_two_ranks(tmp_path, encoder, 1, out_of_memory_on=1, **settings)  # and the step, repeated on both, is the same
