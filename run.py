@@ -43,7 +43,7 @@ class Config:
     gpus: int = option(1, "ranks on this machine", "4 V100")
     seed: int = option(0, "of everything that is drawn")
     split: str = option("test", "the judged queries that a student is evaluated on", "dev")
-    eval_queries: int = option(0, "how many of them, drawn once; 0: all", "all")
+    eval_queries: int = option(0, "how many of them, the same whatever the seed; 0: all", "all")
     student: str = option("colbert-ir/colbertv2.0", "Hub name or folder; scratch: a small one with random weights",
                           "ColBERTv2")
     architecture: str = option("colbert", "colbert or dpr", "both, table 3")
@@ -334,7 +334,7 @@ class Run:
             more = {f"queries:{q}": text for q, text in read_queries(Path(config.queries))[0].items()}
             self.data, self.train_ids = dataclasses.replace(self.data, queries={**self.data.queries, **more}), list(more)
         if 0 < config.eval_queries < len(self.eval_ids):
-            drawn = np.random.default_rng(config.seed).permutation(len(self.eval_ids))[:config.eval_queries]
+            drawn = np.random.default_rng(0).permutation(len(self.eval_ids))[:config.eval_queries]  # not by --seed: seeds are compared
             self.eval_ids = [self.eval_ids[n] for n in sorted(drawn)]
         self.qrels = {q: qrels[q] for q in self.eval_ids if q in qrels}
         # A query's own passage, ArguAna's argument that is to be countered, is no result. As in BEIR (beir/retrieval/evaluation.py,
