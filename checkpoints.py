@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import string
 from pathlib import Path
 from pickle import UnpicklingError
@@ -49,13 +50,14 @@ def loading(name: str, errors=Exception):
         raise ValueError(cannot_load(name, e)) from e
 
 
-def load_model(auto, name: str, optional: str = "", **options):
+def load_model(auto, name: str, headless: bool = False, **options):
     """auto.from_pretrained(name) -> the model, and which tensors the checkpoint lacks, as transformers has drawn them at
-    random; only those whose names begin with `optional` may be. Raises ValueError in one sentence."""
+    random: only a pooler's and, where `headless`, those of what comes after the encoder. Raises ValueError in one sentence."""
     with loading(name):
         model, info = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     lacking = sorted(info["missing_keys"])
-    if others := [k for k in lacking if not (optional and k.startswith(optional))]:
+    prefix = f"{model.base_model_prefix}."  # which tensors of a head do not begin with; those of a bare encoder do not either
+    if others := [k for k in lacking if not ("pooler." in k or headless and not k.startswith(prefix))]:
         raise ValueError(f"the weights in {name} lack {len(others)} of the model's tensors, such as {others[0]}: the file is "
                          f"incomplete, or its names have another prefix than {model.base_model_prefix!r}; {AGAIN}")
     return model, lacking
@@ -69,7 +71,7 @@ def load_encoder(name: str):
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # In float32, which config.json then says of what is saved: in half of it a student's small steps would be rounded away.
-    encoder, missing = load_model(AutoModel, name, "pooler.", dtype=torch.float32, **pooler)
+    encoder, missing = load_model(AutoModel, name, dtype=torch.float32, **pooler)
     if encoder.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder and a decoder, and a student is an encoder alone")
     if missing:
@@ -82,6 +84,18 @@ def load_encoder(name: str):
         raise ValueError(f"the tokenizer in {name} has {len(tokenizer)} tokens and the encoder vectors for {rows}: "
                          f"they are not of one model; {AGAIN}")
     return encoder, tokenizer
+
+
+def most_tokens(config) -> float:
+    """How many tokens an encoder has positions for. RoBERTa's begin after those of its padding."""
+    first = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return getattr(config, "max_position_embeddings", math.inf) - first
+
+
+def no_truncation(tokenizer) -> None:
+    """Before it is saved: its truncation is whatever the last call asked for."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
 
 
 def read(name: str, architecture: str, tokenizer) -> tuple[dict, torch.Tensor | None]:
@@ -300,7 +314,7 @@ def digest(folder: str | Path) -> str:
     h = hashlib.blake2b(digest_size=8)
     folder = Path(folder)
     for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
-        if path.suffix in (".safetensors", ".bin", ".json", ".metadata"):
+        if path.suffix in (".safetensors", ".bin", ".json", ".metadata", ".model", ".txt"):  # the last two: tokenizers
             h.update(path.relative_to(folder).as_posix().encode())
             with open(path, "rb") as file:
                 for part in iter(lambda: file.read(1 << 24), b""):
@@ -315,8 +329,7 @@ def save(student, folder: str | Path) -> None:
     folder, s = Path(folder), student.settings
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # written last: no folder loads without it, nor one that is half written
-    if student.tokenizer.is_fast:
-        student.tokenizer.backend_tokenizer.no_truncation()  # which is whatever the last call asked for
+    no_truncation(student.tokenizer)
     student.tokenizer.save_pretrained(folder)
     state = {f"{student.encoder.base_model_prefix}.{k}": v for k, v in student.encoder.state_dict().items()}
     # The others would draw a projection where there is none: theirs is the identity.

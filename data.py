@@ -255,9 +255,14 @@ class Texts(Sequence):
     """N strings in one UTF-8 file that is memory-mapped: item n lies at offsets[n]:offsets[n + 1] - 1, a newline after it."""
 
     def __init__(self, folder: Path, name: str):
-        self.offsets = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-        with open(folder / f"{name}.txt", "rb") as file:
-            self.text, self.asked = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0
+        try:
+            self.offsets = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            with open(folder / f"{name}.txt", "rb") as file:
+                self.text, self.asked = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0
+            if len(self.text) != self.offsets[-1]:
+                raise ValueError(f"{name}.txt has {len(self.text):,} bytes, expected {self.offsets[-1]:,}")
+        except (OSError, ValueError, EOFError, IndexError) as e:
+            raise DataError(f"{folder}: the corpus's texts are damaged ({e}); remove this folder, and they are made again.") from None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -286,9 +291,6 @@ class Ids(Texts):
         wanted = np.frombuffer(b"".join(map(_hash, ids)), np.uint64)
         at = np.searchsorted(self.hashes, wanted).clip(max=len(self) - 1)
         return np.where(self.hashes[at] == wanted, self.order[at], -1)
-
-    def __contains__(self, key) -> bool:
-        return bool(self.find([key])[0] >= 0)
 
 
 def _hash(text: str) -> bytes:
@@ -404,7 +406,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yields ("PATH, line 7", text) of every line that is not blank."""
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}, line {number}", line.rstrip("\r\n")
@@ -446,7 +448,7 @@ def _records(path: Path) -> Iterator[tuple[str, str, str]]:
 def _text(where: str, key: str, record: dict) -> str:
     if not isinstance(text := record.get("text"), str):
         raise DataError(f'{where}: "_id" {key!r} lacks "text"; give it a string.')
-    text = f"{record.get('title') or ''} {text}".strip()
+    text = f"{record.get('title') or ''} {text}".strip().encode("utf-8", "replace").decode()  # no tokenizer takes half a pair
     if not text:
         raise DataError(f'{where}: "_id" {key!r} is empty; remove the line or give it text.')
     return text

@@ -48,6 +48,8 @@ def part_of(run, f: int) -> Collection:
     train = (labelled + [q for q in run.train_ids if not run.positives[q]])[:f * max(128, c.base_batch, c.batch)]
     qrels = {"train": {q: {data.passage_ids[p]: 1 for p in run.positives[q]} for q in train if run.positives[q]},
              c.split: {q: {p: g for p, g in run.qrels.get(q, {}).items() if p in number} for q in run.eval_ids[:32 * f]}}
+    qrels = {split: {q: {p: g for p, g in grades.items() if data.passages[number[p]].strip()} for q, grades in judged.items()}
+             for split, judged in qrels.items()}  # a folder has no empty passages
     rows = {number[p]: 0 for judged in qrels.values() for grades in judged.values() for p in grades}
     wanted = min(f * 500, len(data.passages))
     for n in range(0, len(data.passages), max(1, len(data.passages) // wanted)):

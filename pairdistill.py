@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints import digest  # also for those that know it from here
+from checkpoints import digest, most_tokens  # digest also for those that know it from here
 from maxsim_kernel import pairdistill_objective
 from ranks import AfterStep, Ranks, gather_passages, half, has_bfloat16, sum_gradients
 
@@ -144,10 +144,7 @@ class Student(nn.Module):
         """ids [n, L], attended bool [n, L] -> [n, L, E], or for DPR [n, 1, E]."""
         if not len(ids):
             return torch.zeros(0, ids.shape[1] if self.colbert else 1, self.dim, device=self.device)
-        most = getattr(self.encoder.config, "max_position_embeddings", math.inf)
-        if self.encoder.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            most -= self.encoder.config.pad_token_id + 1  # where their positions begin
-        if ids.shape[1] > most:
+        if ids.shape[1] > (most := most_tokens(self.encoder.config)):
             raise ValueError(f"a text has {ids.shape[1]} tokens, and this encoder reads {most} at most: give a smaller query_length "
                              f"({self.query_length} now) or passage_length ({self.passage_length} now)")
         ids, attended = _send(ids, self.device), _send(attended, self.device)

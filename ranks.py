@@ -134,16 +134,25 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def under_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # a scheduler may set one of them
+
+
+def cores() -> int:
+    """That this process may use: a container's or a scheduler's share."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def init() -> Ranks:
     """The rank that torchrun's environment describes, or the only one."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if under_torchrun() else (1, 0)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     elif world > 1:  # ranks share the cores: without this each would start a thread for every core
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(max(1, cores() // local))
     if world > 1:
         # Rank 0 may index or train a tokenizer for long while the others wait.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=12))
@@ -161,8 +170,9 @@ def how_many(asked: int) -> tuple[int, str]:
             raise ValueError(f"--gpus {asked}: this machine has {devices} CUDA device{'s' * (devices > 1)}; "
                              f"ask for --gpus {devices} or fewer")
         return asked, ""
-    n = min(asked, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return n, f"--gpus {asked}: no CUDA device here, so {n} gloo rank{'s' * (n > 1)} on the CPU do the same work"
+    n = min(asked, cores())
+    return n, (f"--gpus {asked}: no CUDA device here, so {n} gloo ranks on the CPU do the same work" if n > 1 else
+               f"--gpus {asked}: no CUDA device here, so one process on the CPU does the work")
 
 
 def launch(n: int, argv: list[str]) -> int:

@@ -113,7 +113,10 @@ class Index:
     @property
     def passage_ids(self) -> list[str] | None:
         path = self.folder / "passage_ids.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as e:
+            raise ValueError(f"{self.folder} is a damaged index: {path.name} is no JSON ({e})") from None
 
     @property
     def measured(self) -> str:
@@ -141,7 +144,9 @@ class Index:
         folder = Path(folder)
         if not len(passages):
             raise ValueError(f"cannot build the index {folder}: there are no passages")
-        if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+        if passage_ids is not None and len(passage_ids) != len(passages):
+            raise ValueError(f"cannot build the index {folder}: {len(passages):,} passages and {len(passage_ids):,} passage_ids")
+        if folder.exists() and any(folder.iterdir()) and not _is_index(folder):
             raise ValueError(f"cannot build the index {folder}: something else is there, which would be lost; name another folder")
         partial = folder.with_name(folder.name + ".tmp")
         if rank == 0:
@@ -173,7 +178,10 @@ class Index:
                 (partial / "passage_ids.json").write_text(json.dumps(list(passage_ids)))
             if asked:
                 _measure(cls.load(partial, student.device), *asked, partial, world)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():  # the manifest goes last: what a killed removal leaves is still known as an index, if a damaged one
+                for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):
+                    path.unlink()
+                folder.rmdir()
             os.replace(partial, folder)
         barrier()  # without it a rank would open what is not there yet
         return cls.load(folder, student.device)
@@ -192,14 +200,17 @@ class Index:
             raise ValueError(f"{folder} is not an index: it has no readable manifest.json") from None
         if version != FORMAT:
             raise ValueError(f"{folder} is an index of format {version}, expected {FORMAT}: build it again")
-        if student_digest and manifest["student"] != student_digest:
-            raise ValueError(f"{folder} is the index of student {manifest['student']}, expected {student_digest}: "
+        if student_digest and manifest.get("student") != student_digest:
+            raise ValueError(f"{folder} is the index of student {manifest.get('student')}, expected {student_digest}: "
                              "build it again with this one")
-        if manifest.get("shapes", {}).keys() != DTYPES.keys():
-            raise ValueError(f"{folder} is a damaged index: its manifest does not describe {', '.join(DTYPES)}")
+        try:
+            shapes = {name: tuple(map(int, manifest["shapes"][name])) for name in DTYPES}
+            manifest["normalised"], manifest["texts"]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"{folder} is a damaged index: its manifest does not describe {', '.join(DTYPES)}") from None
         arrays = {}
         for name, dtype in DTYPES.items():
-            path, shape = folder / name, tuple(manifest["shapes"][name])
+            path, shape = folder / name, shapes[name]
             size, expected = path.stat().st_size if path.exists() else 0, math.prod(shape) * np.dtype(dtype).itemsize
             if size != expected:
                 raise ValueError(f"{folder} is a damaged index: {name} has {size} bytes, expected {expected}")
@@ -221,7 +232,7 @@ class Index:
             E = self.centroids.shape[1]
             raise ValueError(f"search: q has shape {tuple(q.shape)} and k is {k}, expected [B, Q, {E}] and k >= 1")
         q = q.to(self.device, torch.float32)
-        q_mask = q.new_ones(q.shape[:2], dtype=torch.bool) if q_mask is None else q_mask.to(self.device)
+        q_mask = q.new_ones(q.shape[:2], dtype=torch.bool) if q_mask is None else q_mask.to(self.device, torch.bool)
         scores = q.new_full((len(q), k), -torch.inf)
         positions = torch.full((len(q), k), -1, device=self.device)
         C = 5 * k if k < 150 else k + 600  # the deeper, the less it matters who comes last
@@ -496,12 +507,19 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 # Building -------------------------------------------------------------------------------------------------------------
 
+def _is_index(folder: Path) -> bool:
+    return (folder / "manifest.json").exists() and '"format"' in (folder / "manifest.json").read_text(errors="replace")
+
+
 def _encode(student, texts: list[str]) -> tuple[Tensor, Tensor]:
     """texts -> d float16 [T, E], lengths [N]. Float16 halves the sample's files; the codes' error is far larger than
     its own, and than that of an encoder in bfloat16, where the hardware has it (ColBERT's is in float16)."""
     with half(student.device):
         d, offsets = student.encode_passages(texts)
-    return d.cpu().half(), offsets.cpu().long().diff()
+    d = d.cpu().half()
+    if not d.isfinite().all():
+        raise ValueError("the student's embeddings are not finite in float16: its weights are damaged")
+    return d, offsets.cpu().long().diff()
 
 
 def _train(d: Tensor, passages_per_sample: float, folder: Path, seed: int) -> None:
@@ -728,13 +746,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         queries = read_queries(Path(args.queries))[0] if args.queries else {}  # before an index is built
         student, index, collection = _open(args)
+        k = min(args.k, len(index))
         if args.queries:
-            _write_run(student, index, queries, Path(args.run), args.k)
+            _write_run(student, index, queries, Path(args.run), k)
         elif args.question:
-            _answer(student, index, collection, args.question, args.k)
+            _answer(student, index, collection, args.question, k)
         else:
             while question := _ask():
-                _answer(student, index, collection, question, args.k)
+                _answer(student, index, collection, question, k)
     except (ValueError, OSError) as error:
         print(f"retrieve.py: {error}", file=sys.stderr)
         return 2
@@ -761,6 +780,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give either a RUN or --student, --data and --index, all three")
     if bool(args.queries) != bool(args.run):
         parser.error("--queries FILE and --run OUT go together")
+    if args.queries and args.question:
+        parser.error(f"give either a question ({args.question!r}) or --queries")
+    if args.run and (Path(args.run).is_dir() or not Path(args.run).parent.is_dir()):  # before an index is built
+        parser.error(f"--run {args.run}: expected the name of a file, in a folder that is there")
     args.k = args.k if args.k is not None else 1000 if args.queries else 5
     if args.k < 1:
         parser.error(f"-k {args.k}: expected 1 or more")
@@ -770,7 +793,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _open(args: argparse.Namespace):
     """The student, its index (built where there is none yet) and the collection that the command line names."""
     from transformers.utils import logging  # here, as a library's user may never need it, and it takes seconds
-    from pairdistill import Student, digest
+    from checkpoints import digest, read
+    from pairdistill import Student
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.folder:
@@ -782,16 +806,20 @@ def _open(args: argparse.Namespace):
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A name on the Hub has no folder to digest: the name stands for it.
     identity = digest(student_folder) if Path(student_folder).is_dir() else str(student_folder)
-    if not index_folder.exists():
+    if student.settings["dim"] and read(str(student_folder), student.settings["architecture"], student.tokenizer)[1] is None:
+        raise ValueError(f"{student_folder} has no projection to {student.dim} dimensions, and one drawn at random finds little: "
+                         f"make a student of it by run.py, with --dim 0 or --base-steps")
+    if not (index_folder / "manifest.json").exists():
         print(f"building {index_folder}", file=sys.stderr)
         index = Index.build(student, collection.passages, index_folder, passage_ids=collection.passage_ids,
                             student_digest=identity, queries=list(collection.queries.values())[:MEASURED])
         print(f"{len(index):,} passages, {len(index.codes):,} tokens, {index.measured}", file=sys.stderr)
     else:
         index = Index.load(index_folder, student.device, identity)
-    texts = sample_digest(len(collection.passages), collection.passages)
-    if index.passage_ids != list(collection.passage_ids) or index.manifest.get("texts", texts) != texts:
-        raise ValueError(f"{index_folder} is the index of another collection than {data}: give another folder")
+    names, texts = index.passage_ids, sample_digest(len(collection.passages), collection.passages)
+    if names != list(collection.passage_ids) or index.manifest["texts"] != texts:
+        what = "without passage ids" if names is None else f"of another collection than {data}"
+        raise ValueError(f"{index_folder} is an index {what}: give another folder")
     return student, index, collection
 
 
@@ -819,7 +847,7 @@ def _ask() -> str:
 
 @torch.no_grad()
 def _answer(student, index: Index, collection, question: str, k: int) -> None:
-    q, q_mask = student.encode_queries([question])
+    q, q_mask = student.encode_queries([question.encode("utf-8", "replace").decode()])
     scores, positions = index.search(q, k, q_mask)
     for rank, (score, position) in enumerate(zip(scores[0].tolist(), positions[0].tolist()), 1):
         if position >= 0:
@@ -838,7 +866,7 @@ def _write_run(student, index: Index, queries: dict[str, str], out: Path, k: int
         for start in range(0, len(qids), QUERIES):
             part = qids[start:start + QUERIES]
             q, q_mask = _encode_queries(student, [queries[qid] for qid in part])
-            for qid, row, where in zip(part, *(x.tolist() for x in index.search(q, min(k, len(index)), q_mask))):
+            for qid, row, where in zip(part, *(x.tolist() for x in index.search(q, k, q_mask))):
                 file.writelines(f"{qid} Q0 {names[n]} {rank} {score:.6f} pairdistill\n"
                                 for rank, (score, n) in enumerate(zip(row, where), 1) if n >= 0)
             bar.update(len(part))

@@ -6,7 +6,7 @@
     torchrun --nnodes 2 --nproc-per-node 4 run.py …        # several machines, a shared --out
 
 Every stage leaves one finished file or none, in `--out`. The same command goes on where it was stopped; with
-`--restart-from iter1/train` it makes that stage again, and all that follow.
+`--restart-from iter1/train` it makes that stage again, and all that depends on it.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -177,8 +178,8 @@ def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
     parser.add_argument("--preset", choices=PRESETS, default="docs", help="a set of defaults, which the flags override")
     parser.add_argument("--as-published", action="store_true", default=False, help="what the authors' code did where the paper "
                         "says something else or nothing (AS_PUBLISHED in run.py); flags override it")
-    parser.add_argument("--restart-from", metavar="STAGE", help="make this stage (such as iter1/pointwise) and all that follow "
-                        "again; the teachers' scores are kept")
+    parser.add_argument("--restart-from", metavar="STAGE", help="make this stage (such as iter1/pointwise) and all that depends "
+                        "on it again; the teachers' scores are kept")
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the stages, and the time, disk and memory "
                         "that they need by small runs of each; nothing is written into --out")
     for f in dataclasses.fields(Config):
@@ -210,7 +211,7 @@ def check(config: Config) -> None:
         zero = f.name in ("seed", "eval_queries", "dim", "base_steps", "train_queries", "delta", "passage_chunk", "warmup", "lambda_kd", "lambda_pair",
                           "rerank", "rerank_pairs", "n_pairs", "iters", "negatives")
         value = getattr(config, f.name)
-        if f.type.startswith(("int", "float")) and value is not None and not value >= (0 if zero else 1e-12):
+        if f.type.startswith(("int", "float")) and value is not None and not (0 if zero else 1e-12) <= value < math.inf:
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: it is {'0 or more' if zero else 'more than 0'}")
     if config.negatives == 1:
         raise ValueError("--negatives 1: a query alone has no negatives; it is 0, for the whole batch, or 2 or more")
@@ -219,6 +220,18 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 4 or more, as [CLS], a marker and [SEP] count")
     if config.kept > config.retrieve_k:
         raise ValueError(f"--kept {config.kept}: more than the --retrieve-k {config.retrieve_k} passages retrieved")
+    if config.eval_k < 10:
+        raise ValueError(f"--eval-k {config.eval_k}: expected 10 or more, for MRR@10 and nDCG@10")
+    if config.iters and config.warmup >= config.steps:
+        raise ValueError(f"--warmup {config.warmup}: of --steps {config.steps}, the learning rate would never come down; give less")
+    if config.n_pairs and (config.delta == 1 or config.kept == 1):
+        raise ValueError(f"--delta {config.delta} with --kept {config.kept}: there is no such pair; give 2 or more, or --n-pairs 0")
+    if config.iters and not (config.labels or config.positive == "teacher" or config.lambda_kd or config.lambda_pair):
+        raise ValueError("--no-labels with --lambda-kd 0 and --lambda-pair 0: no loss is left to train on")
+    out = Path(config.out).absolute()
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {config.out}: {there} is {'not writable' if there.is_dir() else 'not a folder'}; name another one")
 
 
 # What a stage makes of what --------------------------------------------------------------------------------------------
@@ -297,6 +310,13 @@ def write(path: Path, content: str | dict[str, np.ndarray]) -> None:
     os.replace(beside, path)
 
 
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}): remove it") from None
+
+
 def discard(path: Path) -> None:
     """Away at once, as half a folder would pass for a whole one."""
     if path.exists():
@@ -317,16 +337,18 @@ class Run:
         if ranks.first:
             if config.data == "docs" and not copy.exists() and not dry:
                 save_collection(load_collection("docs"), copy)  # parsed once, for all ranks and for retrieve.py
-            load_collection(source())  # converted once, for all ranks
+        data = load_collection(source()) if ranks.first else None  # converted once, for all ranks
         ranks.barrier()
-        self.data = load_collection(source())
+        self.data = data or load_collection(source())
         self.number = self.data.judged_positions()
         train, qrels = self.data.qrels.get("train", {}), self.data.qrels.get(config.split, {})
         judged = {q for judgements in self.data.qrels.values() for q in judgements}
         others = [split for split, rows in self.data.qrels.items() if rows and split != "train"]
         self.eval_ids = list(qrels) or [q for q in self.data.answers if q not in judged and not others]  # the latter: table 2
         if not self.eval_ids:
-            raise ValueError(f"--split {config.split}: {config.data} has {', '.join(self.data.qrels) or 'no judged queries'}")
+            raise ValueError(f"--split {config.split}: {config.data} has {', '.join(s for s, rows in self.data.qrels.items() if rows) or 'no judged queries'}")
+        if qrels and not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
+            raise ValueError(f"--split {config.split}: no passage there has a grade above 0, so nothing can be found")
         held_out = {*judged, *self.eval_ids}
         # Queries without judgements are distilled on too (section 5.2): 800K of which 500K are labelled.
         self.train_ids = [q for q in self.data.queries if q in train or q not in held_out]
@@ -337,12 +359,16 @@ class Run:
             drawn = np.random.default_rng(0).permutation(len(self.eval_ids))[:config.eval_queries]  # not by --seed: seeds are compared
             self.eval_ids = [self.eval_ids[n] for n in sorted(drawn)]
         self.qrels = {q: qrels[q] for q in self.eval_ids if q in qrels}
+        trained = config.iters or config.base_steps or any(map(is_trained, (config.pointwise, config.pairwise)))
+        if trained and (both := set(self.eval_ids) & set(self.train_ids)):
+            raise ValueError(f"--split {config.split}: {len(both)} of its queries, such as {min(both)!r}, would be trained on, as they "
+                             f"are in qrels/train.tsv; evaluate on another split, or take them out of one")
         # A query's own passage, ArguAna's argument that is to be countered, is no result. As in BEIR (beir/retrieval/evaluation.py,
         # ignore_identical_ids) it is known by its id, in every collection.
         # OURS: unless it is judged, or the query is by answers, because ids may be row numbers.
         self.own = {q: n for q, n in self.data.positions(self.eval_ids).items()
                     if q not in self.qrels.get(q, {}) and q not in self.data.answers}
-        if not self.train_ids and (config.iters or config.base_steps or any(map(is_trained, (config.pointwise, config.pairwise)))):
+        if not self.train_ids and trained:
             raise ValueError(f"{config.data}: no training queries: qrels/train.tsv is missing or empty, and every query is "
                              f"judged in another split")
         for name, queries, used in (("batch", min(config.batch, len(self.train_ids)), config.iters),
@@ -362,18 +388,23 @@ class Run:
         """Compares the settings with those of the finished stages, removes what is to be made again, writes config.json."""
         c, manifest = self.config, self.out / "stages.json"
         self.collection = digest_of_collection(self.data)
-        self.made = json.loads(manifest.read_text()) if manifest.exists() else {}  # {stage: what it is made of}
+        self.made = read_json(manifest) if manifest.exists() else {}  # {stage: what it is made of}
         last = max([c.iters, *(int(stage[4:].split("/")[0]) for stage in self.made)])
         planned = plan(dataclasses.replace(c, iters=last))
         if restart and restart not in planned:
             raise ValueError(f"--restart-from {restart}: the stages are {', '.join(planned)}")
         stages = plan(dataclasses.replace(c, iters=last, rerank=1))  # with --rerank 0, what was reranked before goes too
-        self.redone = redone = stages[stages.index(restart):] if restart else []
+        self.redone, changed = redone, again = [], set()
+        for stage in stages[stages.index(restart):] if restart else []:  # the stage, and what depends on it or has other settings
+            results, reads, _ = row_of(stage)
+            if stage == restart or again & set(reads) or self.differ(stage):
+                redone.append(stage)
+                again.update(results)
         for stage in [stage for stage in planned if stage not in redone]:
-            now = self.settings(stage)
-            then = self.made.get(stage, {}).get("settings", now) if self.begun(stage) else now
-            differ = [f"--{k.replace('_', '-')} ({then[k]} there, {now[k]} now)" for k in now if then.get(k, now[k]) != now[k]]
-            if differ:
+            if self.begun(stage) and stage not in self.made:
+                raise ValueError(f"{self.out / row_of(stage)[0][0]} is there, and stages.json does not say what it was made of: remove "
+                                 f"it, or add --restart-from {stage}")
+            if differ := self.differ(stage):
                 raise ValueError(f"{self.out} holds a run with another configuration: {', '.join(differ)} would change {stage}; "
                                  f"choose another --out, or add --restart-from {stage} to go on from there")
         if dry:
@@ -386,6 +417,13 @@ class Run:
         if log.exists() and not (text := log.read_text()).endswith("\n"):  # a full disk cut its last line
             write(log, text[:text.rfind("\n") + 1])
         write(self.out / "config.json", json.dumps({"preset": preset, **dataclasses.asdict(c)}, indent=1))
+
+    def differ(self, stage: str) -> list[str]:
+        """The flags that would make another result of a stage that is there."""
+        now = self.settings(stage)
+        then = self.made.get(stage, {}).get("settings", now) if self.begun(stage) else now
+        flag = lambda k: "--data or --queries" if k == "data" else "--" + k.replace("_", "-")
+        return [f"{flag(k)} ({then[k]} there, {now[k]} now)" for k in now if then.get(k, now[k]) != now[k]]
 
     def settings(self, stage: str) -> dict:
         c, names = self.config, row_of(stage)[2]
@@ -432,7 +470,7 @@ class Run:
     def evaluate(self, found: dict[str, dict[str, float]]) -> dict[str, float]:
         """The metrics of {query: {passage: score}}: by judgements, and by answers where the queries have them."""
         answered = [q for q in self.eval_ids if q in self.data.answers]
-        metrics = [m for m in METRICS if m != "R@1000" or self.config.eval_k >= 1000]
+        metrics = [m for m in METRICS if int(m.split("@")[1]) <= self.config.eval_k]
         return {**(answer_metrics(found, self.data, answered) if answered else {}),
                 **(evaluate(found, self.qrels, metrics) if self.qrels else {})}
 
@@ -440,6 +478,10 @@ class Run:
         if self.ranks.first:
             with open(self.out / "log.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
+
+    def log(self) -> list[dict]:
+        path = self.out / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def stage(self, iteration: int, name: str, work, summary=lambda: ""):
         """Runs `work` unless its result is there; all ranks wait for the end; one line says what happened."""
@@ -463,8 +505,9 @@ class Run:
 
     def metrics(self) -> list[dict]:
         """The rows of all iterations so far, which it writes into metrics.json."""
-        paths = [self.out / f"iter{t}" / name for t in range(self.config.iters + 1) for name in ("metrics.json", "reranked.json")]
-        rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
+        names = ["metrics.json", *["reranked.json"] * bool(self.config.rerank)]
+        paths = [self.out / f"iter{t}" / name for t in range(self.config.iters + 1) for name in names]
+        rows = [row for path in paths if path.exists() for row in read_json(path)]
         self.save(self.out / "metrics.json", json.dumps(rows, indent=1))
         return rows
 
@@ -751,7 +794,9 @@ def held_out_accuracy(run: Run, role: str, teacher: Path, iteration_0: Path) -> 
 def teacher_accuracy(run: Run, role: str) -> str:
     if not run.ranks.first:
         return ""
-    log = [r for line in open(run.out / "log.jsonl") if (r := json.loads(line)).get("teacher") == role]
+    log = [r for r in run.log() if r.get("teacher") == role]
+    if not log:
+        return ""
     trained = np.mean([r["accuracy"] for r in log if "accuracy" in r][-10:])
     if trained < .55:  # a constant has .5
         run.ranks.say(f"  the {role} teacher has learned nothing: of the last triplets it puts {trained:.1%} in the right order, and chance "
@@ -775,13 +820,13 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
     share, depth = run.ranks.share(len(found)), min(c.rerank, found.shape[1])
     mine, text, passages = found[share.start:share.stop, :depth], run.text(run.eval_ids), run.data.passages
     items = ((text[r], passages[p]) for r, row in zip(share, mine) for p in row)
-    scores = pointwise.score(items, mine.size).reshape(mine.shape)
+    scores = np.where(mine < 0, -np.inf, pointwise.score(items, mine.size).reshape(mine.shape))  # -1: nothing was found there
     order = np.argsort(-scores, axis=1, kind="stable")
     by_point = np.take_along_axis(mine, order, 1)
     n = min(c.rerank_pairs, depth)
     i, j = np.triu_indices(n, 1)
     items = ((text[r], passages[row[a]], passages[row[b]]) for r, row in zip(share, by_point) for a, b in zip(i, j))
-    p = pairwise.prefer(items, len(mine) * len(i)).reshape(len(mine), len(i))
+    p = np.where(by_point[:, j] < 0, 1, pairwise.prefer(items, len(mine) * len(i)).reshape(len(mine), len(i)))
     wins = np.zeros((len(mine), n))
     for column, (a, b) in enumerate(zip(i, j)):
         wins[:, a] += p[:, column]
@@ -804,8 +849,16 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     """Section 4.3, one call a stage."""
     import torch
     from retrieve import Index
-    from teachers import Cache, load_pairwise, load_pointwise
+    from transformers import AutoConfig
+    from checkpoints import loading
+    from teachers import Cache, known, load_pairwise, load_pointwise
     run = Run(config, preset, restart, ranks)
+    for role in ("pointwise", "pairwise") if config.iters or config.rerank else ():  # now, not after days of indexing
+        if not is_trained(getattr(config, role)):
+            known(getattr(config, role), role)
+    if config.start:
+        with loading(config.start):
+            AutoConfig.from_pretrained(config.start, trust_remote_code=False)
     folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
     for folder in (*folders, run.out / "teachers") if ranks.first else ():
         folder.mkdir(exist_ok=True)
@@ -895,7 +948,7 @@ def picture(run: Run, rows: list[dict]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    log = [json.loads(line) for line in open(run.out / "log.jsonl")]
+    log = run.log()
     figure, ((quality, losses), (agreement, times)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     figure.suptitle(f"PairDistill on {run.config.data}: {len(run.data.passages):,} passages, {len(run.eval_ids):,} held-out queries")
 
@@ -947,7 +1000,7 @@ def picture(run: Run, rows: list[dict]) -> None:
     for r in stages:
         spent[r["stage"]] = spent.get(r["stage"], 0) + r["seconds"]
     times.barh(list(spent)[::-1], list(spent.values())[::-1], color="C0")
-    peak = max(r["peak_gb"] for r in stages)
+    peak = max((r["peak_gb"] for r in stages), default=0)
     times.set(title=f"where the time went: {sum(spent.values()):.0f} s, with at most {peak:.1f} GB in all ranks",
               xlabel="seconds, all iterations")
     figure.savefig(run.out / "writing.report.png", dpi=110)
@@ -964,9 +1017,9 @@ def main(argv: list[str]) -> int:
     import ranks
     try:
         check(config)
-        if dry and "WORLD_SIZE" in os.environ:
+        if dry and ranks.under_torchrun():
             raise ValueError("--dry-run: start it without torchrun, with --gpus for the ranks of one machine")
-        if "WORLD_SIZE" not in os.environ:
+        if not ranks.under_torchrun():
             n, why = ranks.how_many(config.gpus)
             if why:
                 print(why, flush=True)

@@ -220,13 +220,17 @@ def test_a_corpus_is_converted_once_and_again_when_it_has_changed(tmp_path, monk
     assert again.passages[-1] == again.passages[np.int64(2)] == "two\nlines, é" and again.passages[1:] == list(again.passages)[1:]
     with pytest.raises(IndexError):
         again.passages[3]
-    assert again.passage_ids.find(["ü", "d9", "d1"]).tolist() == [2, -1, 0] and "d2" in again.passage_ids
+    assert again.passage_ids.find(["ü", "d9", "d1"]).tolist() == [2, -1, 0]
     assert again.judged_positions() == {"d1": 0, "d2": 1}
     monkeypatch.undo()
     with open(Path(folder, "corpus.jsonl"), "a") as file:
         file.write('{"_id": "d4", "text": "new"}\n')
     assert len(data.load_collection(folder).passages) == 4 and len(caches(folder)) == 1 and caches(folder) != [before]
     assert list(first.passages)[1] == "other"  # whoever has the old one open still reads it
+    damaged = Path(caches(folder)[0], "passages.txt")
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    with pytest.raises(data.DataError, match=r"corpus.texts/\w+: the corpus's texts are damaged \(passages.txt has \d+ bytes, expected"):
+        data.load_collection(folder)
 
 
 def test_a_broken_corpus_leaves_no_cache_and_one_that_may_not_be_written_beside_goes_to_the_users(tmp_path, monkeypatch):
@@ -1732,7 +1736,7 @@ class Stub(torch.nn.Module):
     def __init__(self, log=None, pause: float = 0.0):
         super().__init__()
         self.model, self.log, self.pause = types.SimpleNamespace(device=torch.device("cpu"), dtype="none"), log, pause
-        self.prompt, self.cut = "prompt", 0
+        self.prompt, self.cut, self.cut_queries = "prompt", 0, 0
 
     def sequences(self, items):
         return [(" ".join(item).split(), item) for item in items]
@@ -1798,7 +1802,7 @@ def test_killed_at_ten_moments_no_score_is_lost_and_none_asked_twice(tmp_path):
     asked = (tmp_path / "log").read_text().splitlines()
     assert len(set(asked)) == 400 and len(asked) - 400 <= 10 * 4  # of each kill, at most the batch in flight
     cache = teachers.Cache(tmp_path)
-    keys = [teachers.key_of("stub prompt", item) for item in items]
+    keys = [teachers.key_of("stub none prompt", item) for item in items]
     assert list(cache.get(keys)) and [cache.get([key])[key] for key in keys] == [3.0] * 400
 
 
@@ -1846,6 +1850,8 @@ def test_what_a_teacher_cannot_do_is_said_in_one_sentence(trained_teachers, tmp_
             (teachers.load_pairwise, point, "is a pointwise classifier, not a pairwise one"),
             (teachers.load_pointwise, pair, "is a pairwise classifier, not a pointwise one"),
             (teachers.load_pointwise, encoder, "a BertModel has no head that scores text, so it is no pointwise teacher"),
+            (teachers.load_pointwise, f"t5:{point}", "is a classifier, not a language model: give it without t5:"),
+            (teachers.load_pointwise, "t5:", "the pointwise teacher has an empty name"),
             (teachers.load_pointwise, str(tmp_path / "nowhere"), "cannot load .*nowhere")):
         with pytest.raises(ValueError, match=message):
             load(spec)
@@ -1855,6 +1861,13 @@ def test_what_a_teacher_cannot_do_is_said_in_one_sentence(trained_teachers, tmp_
     with pytest.raises(ValueError, match="cannot load .*nowhere"):
         teachers.train_pointwise(str(tmp_path / "nowhere"), [("cat", TEXTS[0], TEXTS[1:2])], tmp_path, negatives=1, steps=1, batch=1,
                                  lr=1e-3, query_length=8, passage_length=20)
+    options = dict(negatives=1, steps=1, batch=1, lr=1e-3, query_length=8, passage_length=20)
+    for groups in [], [("cat", TEXTS[0], [])]:
+        with pytest.raises(ValueError, match="a pointwise teacher is trained on one query or more"):
+            teachers.train_pointwise(encoder, groups, tmp_path / "none", **options)
+    drop_tensors("encoder.layer.0.output.dense.weight")(Path(shutil.copytree(encoder, tmp_path / "holed")))
+    with pytest.raises(ValueError, match="holed lack 1 of the model's tensors"):  # not trained with a layer drawn at random
+        teachers.train_pointwise(tmp_path / "holed", [("cat", TEXTS[0], TEXTS[1:2])], tmp_path / "none", **options)
     two = shutil.copytree(point, tmp_path / "two")
     config = AutoConfig.from_pretrained(point, num_labels=2)
     config.architectures = ["BertForSequenceClassification"]
@@ -1862,25 +1875,38 @@ def test_what_a_teacher_cannot_do_is_said_in_one_sentence(trained_teachers, tmp_
     with pytest.raises(ValueError, match="one output, this one has 2"):
         teachers.load_pointwise(str(two))
     broken = teachers.load_pointwise(point, cache=teachers.Cache(tmp_path))
-    broken.reader.model.classifier.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="returned NaN"):
-        broken.score([("cat", TEXTS[0])])
+    for value in torch.nan, torch.inf:
+        broken.reader.model.classifier.weight.data.fill_(value)
+        with pytest.raises(ValueError, match="returned NaN or an infinite score"):
+            broken.score([("cat", TEXTS[0])])
     assert broken.cache.get([teachers.key_of(broken.asks, ("cat", TEXTS[0]))]) == {}
     (tmp_path / "bad.sqlite").write_text("no database " * 100)
     with pytest.raises(ValueError, match="score cache .*bad.sqlite.*remove it"):
         teachers.Cache(tmp_path, "bad")
+    (tmp_path / "folder.sqlite").mkdir()
+    with pytest.raises(ValueError, match="score cache .*folder.sqlite.*see that it can be read and written"):
+        teachers.Cache(tmp_path, "folder")
 
 
 def test_an_empty_passage_and_one_that_is_cut_are_said_once(trained_teachers):
     teacher = teachers.load_pointwise(trained_teachers[0])
     with pytest.warns(UserWarning) as said:
-        teacher.score([("cat", ""), ("cat", "cat " * 50), ("cat", TEXTS[0])])
+        teacher.score([("cat", ""), ("cat", "cat " * 50), ("cat " * 9, TEXTS[0])])
     assert [str(w.message) for w in said] == [
         "pointwise teacher: 1 of 3 questions have an empty text, and were scored as they are",
-        "pointwise teacher: 1 passages in 3 questions were longer than it reads, and were cut at their end"]
+        "pointwise teacher: 1 passages in 3 questions were longer than it reads, and were cut at their end",
+        "pointwise teacher: 1 queries in 3 questions were longer than it reads, and were cut at their end"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        teacher.score([("dogs", "")])
+        teacher.score([("dogs", ""), ("dogs", "cat " * 50)])
+
+
+def test_a_query_leaves_room_for_passages(trained_teachers):
+    teacher = teachers.load_pairwise(trained_teachers[1])
+    teacher.reader.model.config.query_length = 60  # of 64 positions
+    reader = teachers.Classifier(teacher.reader.model, teacher.reader.tokenizer)
+    (ids, segments), = reader.sequences([("cat " * 90, "dogs " * 90, "sings " * 90)])
+    assert len(ids) <= 64 and segments.count(1) == segments.count(2) >= 14
 
 
 @pytest.mark.filterwarnings("ignore:.*cut at their end")
@@ -1962,7 +1988,18 @@ def test_a_long_prompt_keeps_its_end_and_both_passages_are_cut_alike(t5):
     first, second = (tokenizer(x.split(":", 1)[1])["input_ids"] for x in text.replace("Relevant", "Document").split("Document")[1:3])
     assert 50 < len(ids) <= 60 and ids[-len(end):] == end and abs(len(first) - len(second)) <= 2
     (ids, _), = teacher.reader.sequences([("cat " * 200, TEXTS[4] * 9, "fox")])  # so is a query that leaves no room
-    assert 50 < len(ids) <= 60 and ids[-len(end):] == end and teacher.reader.cut == 3
+    assert 50 < len(ids) <= 60 and ids[-len(end):] == end and (teacher.reader.cut, teacher.reader.cut_queries) == (3, 1)
+
+
+def test_a_reranker_is_known_by_any_part_of_its_path(t5, tmp_path):
+    folder, _, _ = t5
+    cached = shutil.copytree(folder, tmp_path / "models--castorini--duot5-3b-msmarco" / "snapshots" / "b99e")
+    assert teachers.load_pairwise(str(cached)).reader.template == teachers.TEMPLATES["pairwise", "t5"][0]
+    with pytest.raises(ValueError, match="is a pairwise reranker, not a pointwise one"):
+        teachers.load_pointwise(str(cached))
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    with pytest.warns(UserWarning, match="plain is asked by the instructions of appendix C.1; t5:.*plain asks it as monoT5"):
+        assert teachers.load_pairwise(str(plain)).reader.template == teachers.TEMPLATES["pairwise", "instruct"][0]
 
 
 def test_the_key_of_a_local_teacher_is_its_weights_however_it_is_named(t5):
@@ -2295,6 +2332,33 @@ def test_a_build_leaves_alone_what_is_no_index(tmp_path):
     with pytest.raises(ValueError, match="student: something else is there, which would be lost"):
         Index.build(WordVectors(), ["0"], tmp_path / "student")
     assert (tmp_path / "student" / "model.safetensors").exists()
+    (tmp_path / "student" / "manifest.json").write_text('{"name": "my web app"}')
+    with pytest.raises(ValueError, match="student: something else is there, which would be lost"):
+        Index.build(WordVectors(), ["0"], tmp_path / "student")
+    with pytest.raises(ValueError, match="2 passages and 1 passage_ids"):
+        Index.build(WordVectors(), ["0", "1"], tmp_path / "index", passage_ids=["a"])
+    broken = WordVectors()
+    broken.vectors[1] = torch.nan
+    with pytest.raises(ValueError, match="embeddings are not finite"):
+        Index.build(broken, ["0", "1"], tmp_path / "index")
+
+
+def test_an_index_that_is_being_replaced_is_known_as_one_until_it_is_gone(tmp_path, monkeypatch):
+    Index.build(WordVectors(), ["0 1", "1 2"], tmp_path / "index")
+    unlink, left = Path.unlink, iter(range(4))
+
+    def killed(path, **options):
+        if path.parent.name == "index" and next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(WordVectors(), ["0 1", "1 2"], tmp_path / "index")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="damaged index"):
+        Index.load(tmp_path / "index")
+    assert len(Index.build(WordVectors(), ["0 1", "1 2"], tmp_path / "index")) == 2
 
 
 # The command line: a real student, however small, and a collection in a folder
@@ -2392,7 +2456,10 @@ def test_mistakes_on_the_command_line_are_one_sentence_and_exit_code_2(searchabl
         (["--student", student, "--data", str(searchable / "data"), "--index", index,
           "--queries", str(tmp_path / "spaced.jsonl"), "--run", str(tmp_path / "out")], "the id 'q 1' has one"),
         (["--student", student, "--data", str(edited), "--index", index, "what"], "another collection"),
-        (["--student", student, "--data", str(searchable / "data"), "--index", str(tmp_path / "run"), "what"], "not an index"),
+        (["--student", student, "--data", str(searchable / "data"), "--index", str(tmp_path / "run"), "what"],
+         "something else is there"),
+        (["--student", str(searchable / "encoder"), "--data", str(searchable / "data"), "--index", index, "what"],
+         "encoder has no projection to 128 dimensions"),
     ]:
         capsys.readouterr()
         assert retrieve.main(words) == 2
@@ -2400,7 +2467,8 @@ def test_mistakes_on_the_command_line_are_one_sentence_and_exit_code_2(searchabl
         assert error[-1].startswith("retrieve.py: ") and message in error[-1]
     assert not (tmp_path / "out").exists()
     for words in ([], ["--student", student], ["run", "--queries", "file"], ["run", "what", "-k", "0"],
-                  ["run", "what", "--index", index]):
+                  ["run", "what", "--index", index], ["run", "what", "--queries", "file", "--run", "out"],
+                  ["run", "--queries", "file", "--run", str(tmp_path / "none" / "out")]):
         with pytest.raises(SystemExit) as exit_:
             retrieve.main(words)
         assert exit_.value.code == 2
@@ -2511,6 +2579,20 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     assert not (out / "iter1" / "reranked.json").exists() and all(map(json.loads, open(out / "log.jsonl")))
     assert (out / "iter1" / "student" / "model.safetensors").read_bytes() == weights
 
+    message = refused(capsys, *command, "--eval-k", "50")
+    assert "--eval-k (100 there, 50 now) would change iter0/evaluate; " in message
+    assert run.main([*command, "--eval-k", "50", "--restart-from", "iter0/evaluate"]) == 0  # and the student is kept
+    printed = capsys.readouterr().out
+    assert re.search(r"^  train .*done before", printed, re.M) and not re.search(r"^  evaluate .*done before", printed, re.M)
+    assert "R@100" not in json.loads((out / "metrics.json").read_text())[-1]
+    assert run.main([*command, "--restart-from", "iter0/evaluate"]) == 0
+    made = stages.read_text()
+    stages.write_text(json.dumps({name: row for name, row in json.loads(made).items() if name != "iter1/train"}))
+    assert "iter1/student is there, and stages.json does not say what it was made of" in refused(capsys, *command)
+    stages.write_text(made[:9])
+    assert f"{stages} is damaged" in refused(capsys, *command)
+    stages.write_text(made)
+
     (out / "iter1" / "pairs.npz").unlink()  # made again, it is the same
     assert run.main(command) == 0
     pairs = dict(np.load(out / "iter1" / "pairs.npz"))
@@ -2520,7 +2602,21 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     qrels = data_folder / "qrels" / "train.tsv"
     qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[:-1]))
     message = refused(capsys, *command)
-    assert "--data (digest " in message and "--restart-from iter0/student" in message
+    assert "--data or --queries (digest " in message and "--restart-from iter0/student" in message
+
+
+def test_where_nothing_was_found_no_teacher_ranks_anything(tmp_path):
+    """A row that ends with -1, as where a query's own passage was taken out: passages[-1] is no candidate."""
+    seen, names = [], ["p0", "p1", "p2"]
+    np.savez(tmp_path / "evaluated.npz", positions=np.array([[2, 0, -1]]))
+    fake = types.SimpleNamespace(
+        config=types.SimpleNamespace(rerank=3, rerank_pairs=2), ranks=Ranks(), eval_ids=["q"], text=lambda qids: qids,
+        data=types.SimpleNamespace(passages=names, passage_ids=names), save=lambda *_: None, metrics=lambda: None,
+        evaluate=lambda ranked: seen.append(sorted(ranked["q"], key=ranked["q"].get, reverse=True)) or {})
+    pointwise = types.SimpleNamespace(score=lambda items, n: np.array([5.0 if d == "p2" else 1.0 for _, d in items]))
+    pairwise = types.SimpleNamespace(prefer=lambda items, n: np.array([float(a == "p0") for _, a, b in items]))
+    run.rerank_for_table(fake, 0, pointwise, pairwise, tmp_path)
+    assert seen == [["p2", "p0"], ["p0", "p2"]]
 
 
 def test_a_step_with_fewer_queries_than_ranks_is_refused_before_anything_is_made(tmp_path):
@@ -2679,7 +2775,7 @@ def arguments_folder(folder: Path, qrels: bool) -> Path:
     return folder
 
 
-EVALUATE = ["--preset", "evaluate", "--dim", "16", "--query-length", "12", "--passage-length", "20", "--split", "dev", "--eval-k", "5"]
+EVALUATE = ["--preset", "evaluate", "--dim", "16", "--query-length", "12", "--passage-length", "20", "--split", "dev", "--eval-k", "10"]
 
 
 def test_a_student_is_evaluated_without_teachers_or_training_queries_and_a_query_does_not_find_itself(encoder, tmp_path, capsys):
@@ -2779,6 +2875,11 @@ def test_more_gpus_than_there_are_is_refused_with_their_number(capsys, monkeypat
 
 @pytest.mark.parametrize("flags, says", [(["--kept", "200"], "--kept 200"), (["--pair-reduction", "max"], "mean or sum"),
                                          (["--batch", "0"], "--batch 0"), (["--negatives", "1"], "--negatives 1"),
+                                         (["--lr", "inf"], "--lr inf"), (["--delta", "1"], "--delta 1"), (["--eval-k", "5"], "--eval-k 5"),
+                                         (["--warmup", "20"], "--warmup 20"), (["--out", "/dev/null/run"], "/dev/null is not a folder"),
+                                         (["--no-labels", "--lambda-kd", "0", "--lambda-pair", "0"], "no loss is left"),
+                                         (["--start", "nowhere"], "cannot load 'nowhere'"),
+                                         (["--split", "train"], "--split train: 60 of its queries, such as 'q10', would be trained on"),
                                          (["--queries", "nowhere"], "nowhere"), (["--split", "dev"], "--split dev")])
 def test_a_flag_out_of_range_is_refused_by_name(tmp_path, capsys, flags, says):
     assert says in refused(capsys, "--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, *flags)
@@ -2995,7 +3096,7 @@ def test_two_agents_of_torchrun_make_one_run_and_when_one_dies_it_is_gone_on_wit
 
 
 @pytest.mark.parametrize("broken, code, says", [
-    ("teacher", 2, r"error: the teacher pointwise \w+ returned NaN: its weights are damaged"),
+    ("teacher", 2, r"error: the teacher pointwise \w+ returned NaN or an infinite score: its weights"),
     ("compare_pairs", 1, r"KeyError: 'a defect'[^\0]*the same command goes on")], ids=["a NaN of a teacher", "a defect"])
 def test_what_fails_on_one_rank_ends_all_is_said_once_and_the_run_goes_on(tmp_path, trained_teachers, broken, code, says):
     command = ["--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, "--rerank", "0",
