@@ -70,7 +70,7 @@ def small_run(run, folder: Path, f: int) -> tuple[dict, dict, dict]:
         made.update(student=str(run.out / "iter0" / "student"), base_steps=0)
     at_most = dict(base_steps=6 * f, encoder_steps=6 * f, teacher_steps=6 * f, steps=6 * f, rerank=20, rerank_pairs=4)
     at_most = {k: min(n, getattr(c, k)) for k, n in at_most.items()}
-    small = dataclasses.replace(c, data=str(folder / "data"), out=str(folder / "run"), iters=min(c.iters, 1), eval_queries=0,
+    small = dataclasses.replace(c, data=str(folder / "data"), out=str(folder / "run"), iters=min(c.iters, 1), eval_queries=0, warmup=0,
                                 queries="", train_queries=min(f * c.batch, c.train_queries or len(run.train_ids)), **at_most | made)
     flags = [("--" if value is not False else "--no-") + name.replace("_", "-") + ("" if isinstance(value, bool) else f"={value}")
              for name, value in dataclasses.asdict(small).items() if value is not None]
