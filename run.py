@@ -703,7 +703,8 @@ def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
     items = ((text[a], run.data.passages[passages[a, i]], run.data.passages[passages[a, j]])
              for a, (i, j) in zip(r, pairs[r, n]))
     asked = np.full((len(share), c.n_pairs, 2), np.nan, np.float32)
-    asked[r - share.start, n] = teacher.ask(items, len(r))
+    if teacher:
+        asked[r - share.start, n] = teacher.ask(items, len(r))
     asked = run.ranks.gather(torch.from_numpy(asked)).numpy()
     real = pairs[..., 0] >= 0
     probs = np.zeros(real.shape, np.float32)
@@ -853,9 +854,10 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     from checkpoints import loading
     from teachers import Cache, known, load_pairwise, load_pointwise
     run = Run(config, preset, restart, ranks)
-    for role in ("pointwise", "pairwise") if config.iters or config.rerank else ():  # now, not after days of indexing
+    compares = bool(config.rerank or config.iters and config.n_pairs)  # else the pairwise teacher is not asked, nor loaded
+    for role in ["pointwise"] * bool(config.iters or config.rerank) + ["pairwise"] * compares:
         if not is_trained(getattr(config, role)):
-            known(getattr(config, role), role)
+            known(getattr(config, role), role)  # now, not after days of indexing
     if config.start:
         with loading(config.start):
             AutoConfig.from_pretrained(config.start, trust_remote_code=False)
@@ -894,7 +896,7 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     cache = Cache(run.out / "teachers", f"scores{os.environ.get('GROUP_RANK', '0')}")  # torchrun's number of the machine
     show = lambda name: f"  {name}" if ranks.first else None
     pointwise = load_pointwise(specs["pointwise"], device=ranks.device, cache=cache, desc=show("pointwise"))
-    pairwise = load_pairwise(specs["pairwise"], config.orders, device=ranks.device, cache=cache, desc=show("pairwise"))
+    pairwise = compares and load_pairwise(specs["pairwise"], config.orders, device=ranks.device, cache=cache, desc=show("pairwise"))
 
     def from_cache() -> str:
         asked, found = ranks.gather(torch.tensor([[cache.asked, cache.found]])).sum(0).tolist()

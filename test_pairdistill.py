@@ -2815,7 +2815,7 @@ def test_unlabelled_queries_another_start_and_the_teachers_favourite(tmp_path, t
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"_id": f"q{n}", "text": f"{n} balan bemor"}) + "\n" for n in range(16)))
     point, pair = trained_teachers[:2]
     command = ["--data", str(folder), "--out", str(out), *TINY, "--student", encoder, "--base-steps", "0", "--pointwise", str(point), "--pairwise",
-               str(pair), "--rerank", "0", "--dim", "16", "--steps", "3"]
+               str(pair), "--rerank", "0", "--dim", "16", "--steps", "3", "--warmup", "1"]
     assert run.main([*command, "--queries", str(tmp_path / "more.jsonl")]) == 0
     examples = np.load(out / "iter1" / "pairs.npz")
     assert len(examples["queries"]) == 16 and (examples["positive"] == -1).all()
@@ -2824,7 +2824,7 @@ def test_unlabelled_queries_another_start_and_the_teachers_favourite(tmp_path, t
 
     command[command.index("--out") + 1] = str(out := tmp_path / "dpr")
     assert run.main([*command, "--no-labels", "--positive", "teacher", "--negatives", "2", "--start", encoder, "--architecture", "dpr",
-                     "--lambda-pair", "0", "--n-pairs", "0"]) == 0
+                     "--lambda-pair", "0", "--n-pairs", "0", "--pairwise", "not there, and not asked"]) == 0
     examples = np.load(out / "iter1" / "pairs.npz")
     assert len(examples["queries"]) == 90 and (examples["positive"] == 0).all()
     assert (examples["teacher"][:, 0] == examples["teacher"].max(1)).all()
