@@ -10,6 +10,7 @@ p-value of a paired randomization test (both sides, 10,000 changes of signs). Th
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ SAMPLES = 10_000
 
 def per_query(folder: Path, metric: str) -> tuple[str, dict[str, float]]:
     """-> the collection and split, {query: value} of one student; a query without results has 0."""
-    if not folder.name.startswith("iter"):
+    if not re.fullmatch(r"iter\d+", folder.name):
         evaluated = sorted(folder.glob("iter*/evaluated.npz"), key=lambda path: int(path.parent.name[4:]))
         if not evaluated:
             raise ValueError(f"{folder} is not a run with an evaluated student: it has no iterN/evaluated.npz")
