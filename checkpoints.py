@@ -50,14 +50,13 @@ def loading(name: str, errors=Exception):
         raise ValueError(cannot_load(name, e)) from e
 
 
-def load_model(auto, name: str, headless: bool = False, **options):
+def load_model(auto, name: str, optional=lambda key, prefix: False, **options):
     """auto.from_pretrained(name) -> the model, and which tensors the checkpoint lacks, as transformers has drawn them at
-    random: only a pooler's and, where `headless`, those of what comes after the encoder. Raises ValueError in one sentence."""
+    random: only those that are `optional` by their names, an encoder's with a head before it. Raises ValueError."""
     with loading(name):
         model, info = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     lacking = sorted(info["missing_keys"])
-    prefix = f"{model.base_model_prefix}."  # which tensors of a head do not begin with; those of a bare encoder do not either
-    if others := [k for k in lacking if not ("pooler." in k or headless and not k.startswith(prefix))]:
+    if others := [k for k in lacking if not optional(k, f"{model.base_model_prefix}.")]:
         raise ValueError(f"the weights in {name} lack {len(others)} of the model's tensors, such as {others[0]}: the file is "
                          f"incomplete, or its names have another prefix than {model.base_model_prefix!r}; {AGAIN}")
     return model, lacking
@@ -71,7 +70,7 @@ def load_encoder(name: str):
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # In float32, which config.json then says of what is saved: in half of it a student's small steps would be rounded away.
-    encoder, missing = load_model(AutoModel, name, dtype=torch.float32, **pooler)
+    encoder, missing = load_model(AutoModel, name, lambda key, _: key.startswith("pooler."), dtype=torch.float32, **pooler)
     if encoder.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder and a decoder, and a student is an encoder alone")
     if missing:
@@ -313,8 +312,10 @@ def digest(folder: str | Path) -> str:
     """Which weights and settings these are, in 16 hexadecimal digits: those of the folder and of its modules (1_Dense)."""
     h = hashlib.blake2b(digest_size=8)
     folder = Path(folder)
+    # Files of tokenizers that have no tokenizer.json, which is read where there is one.
+    slow = () if (folder / "tokenizer.json").exists() else ("vocab.txt", "merges.txt", "spiece.model", "tokenizer.model")
     for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
-        if path.suffix in (".safetensors", ".bin", ".json", ".metadata", ".model", ".txt"):  # the last two: tokenizers
+        if path.suffix in (".safetensors", ".bin", ".json", ".metadata") or path.name in slow:
             h.update(path.relative_to(folder).as_posix().encode())
             with open(path, "rb") as file:
                 for part in iter(lambda: file.read(1 << 24), b""):

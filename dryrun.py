@@ -44,10 +44,11 @@ def amounts(c, passages: int, train: int, labelled: int, held_out: int) -> dict[
 def part_of(run, f: int) -> Collection:
     """Some queries with their passages, filled up with passages evenly spaced over the collection."""
     c, data, number = run.config, run.data, run.number
+    found = lambda q: any(grade > 0 and p in number for p, grade in run.qrels.get(q, {}).items())
     labelled = [q for q in run.train_ids if run.positives[q]]
     train = (labelled + [q for q in run.train_ids if not run.positives[q]])[:f * max(128, c.base_batch, c.batch)]
     qrels = {"train": {q: {data.passage_ids[p]: 1 for p in run.positives[q]} for q in train if run.positives[q]},
-             c.split: {q: {p: g for p, g in run.qrels.get(q, {}).items() if p in number} for q in run.eval_ids[:32 * f]}}
+             c.split: {q: {p: g for p, g in run.qrels.get(q, {}).items() if p in number} for q in sorted(run.eval_ids, key=found, reverse=True)[:32 * f]}}
     qrels = {split: {q: {p: g for p, g in grades.items() if data.passages[number[p]].strip()} for q, grades in judged.items()}
              for split, judged in qrels.items()}  # a folder has no empty passages
     rows = {number[p]: 0 for judged in qrels.values() for grades in judged.values() for p in grades}

@@ -256,7 +256,7 @@ def is_lost(error: Exception) -> bool:
 
 def refuse(error: Exception) -> int:
     """A user's mistake: one sentence, from one rank, and exit code 2."""
-    if os.environ.get("RANK", "0") != "0":
+    if under_torchrun() and os.environ["RANK"] != "0":
         time.sleep(3)  # let rank 0 say it, if it is its error too: the first rank that ends takes the others with it
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 2

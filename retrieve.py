@@ -180,7 +180,7 @@ class Index:
                 _measure(cls.load(partial, student.device), *asked, partial, world)
             if folder.exists():  # the manifest goes last: what a killed removal leaves is still known as an index, if a damaged one
                 for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                 folder.rmdir()
             os.replace(partial, folder)
         barrier()  # without it a rank would open what is not there yet

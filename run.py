@@ -314,7 +314,7 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text())
     except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}): remove it") from None
+        raise ValueError(f"{path} is damaged ({e}): put a copy of it back, or choose another --out") from None
 
 
 def discard(path: Path) -> None:
@@ -937,7 +937,7 @@ def title_of(row: dict) -> str:
 
 def finish(run: Run) -> None:
     rows = run.metrics()
-    names = [m for m in rows[0] if m not in ("system", "iteration")]
+    names = [m for m in rows[0] if m not in ("system", "iteration") and all(m in r for r in rows)]
     print(f"\n{len(run.eval_ids):,} held-out queries{'':<18}" + "".join(f"{m:>11}" for m in names))
     for r in sorted(rows, key=lambda r: (r["system"] != "bm25", r["iteration"], r["system"] != "student", r["system"] != "pointwise")):
         print(f"  {title_of(r):<40}" + "".join(f"{r[m]:>11.3f}" for m in names))

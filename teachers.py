@@ -217,8 +217,9 @@ def answer_in_float32(head: nn.Linear, rows: list[int]) -> nn.Linear:
     return answer
 
 
-def split_spec(spec: str) -> tuple[str, str]:
+def split_spec(spec: str | Path) -> tuple[str, str]:
     """t5:NAME or instruct:NAME, which says how a language model is asked where its name does not -> (t5, NAME)."""
+    spec = str(spec)
     given, _, rest = spec.partition(":")
     return (given, rest) if given in ("t5", "instruct") else ("", spec)
 
@@ -228,7 +229,7 @@ def known(spec: str, role: str) -> tuple:
     Raises ValueError in one sentence for one that cannot be this role's teacher."""
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
                               AutoModelForSequenceClassification, AutoTokenizer)
-    given, spec = split_spec(str(spec))
+    given, spec = split_spec(spec)
     if not spec:
         raise ValueError(f"the {role} teacher has an empty name: give a Hub name or a folder")
     with loading(spec):
@@ -249,19 +250,17 @@ def known(spec: str, role: str) -> tuple:
     else:
         raise ValueError(f"{spec}: a {kind or config.model_type} has no head that scores text, so it is no {role} teacher; "
                          f"train:{spec} makes one of it")
-    # Of a folder's name the part nearest to its end that says so: models--castorini--duot5-3b-msmarco/snapshots/b99e.
-    name = next((part for part in reversed(Path(spec.lower()).parts) if "monot5" in part or "duot5" in part), "")
-    family = given or ("t5" if name else "instruct")
+    if auto is AutoModelForSequenceClassification:
+        return spec, auto, tokenizer, ""
+    path = Path(spec.lower())  # in the Hub's cache models--castorini--duot5-3b-msmarco/snapshots/b99e
+    name = path.parent.parent.name if path.parent.name == "snapshots" else path.name
     if "duot5" in name and role == "pointwise" or "monot5" in name and role == "pairwise":
         raise ValueError(f"{spec} is a {'pairwise' if 'duot5' in name else 'pointwise'} reranker, not a {role} one")
-    if config.model_type == "t5" and not (given or name):
-        warnings.warn(f"{role} teacher: {spec} is asked by the instructions of appendix C.1; t5:{spec} asks it as monoT5 and "
-                      f"duoT5 are", stacklevel=4)
-    return spec, auto, tokenizer, "" if auto is AutoModelForSequenceClassification else family
+    return spec, auto, tokenizer, given or ("t5" if "monot5" in name or "duot5" in name else "instruct")
 
 
 def _load(spec: str, role: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    spec, auto, tokenizer, family = known(spec, role)
+    given, (spec, auto, tokenizer, family) = split_spec(spec)[0], known(spec, role)
     # Float16 overflows in T5; bfloat16 does not.
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
     model = load_model(auto, spec, dtype=dtype)[0].to(device).eval()
@@ -269,6 +268,9 @@ def _load(spec: str, role: str, device: torch.device, dtype: torch.dtype | None)
         where, head = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
         model.set_submodule(where, answer_in_float32(head, [0]))
         return Classifier(model, tokenizer)
+    if model.config.model_type == "t5" and family == "instruct" and not given and "flan" not in spec.lower():
+        warnings.warn(f"{role} teacher: {spec} is asked by the instructions of appendix C.1; t5:{spec} asks it as monoT5 and "
+                      f"duoT5 are", stacklevel=3)
     reader = Prompted(model, tokenizer, role, family)
     model.set_output_embeddings(answer_in_float32(model.get_output_embeddings(), reader.answers))
     if hasattr(model, "final_logits_bias"):  # BART's
@@ -494,7 +496,8 @@ def _new_classifier(encoder: str | Path, role: str, device: torch.device, seed: 
     config.teacher_role, config.query_length, config.passage_length = role, query_length, passage_length
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, _ = load_model(AutoModelForSequenceClassification, encoder, headless=True, config=config, dtype=torch.float32)
+        model, _ = load_model(AutoModelForSequenceClassification, encoder, lambda key, prefix: not key.startswith(prefix) or ".pooler." in key,
+                              config=config, dtype=torch.float32)
     if config.match_types:  # the marks are read off these vectors: trained on a few labels, they say less of other words
         model.base_model.embeddings.requires_grad_(False)
     return Classifier(model.to(device), tokenizer)
