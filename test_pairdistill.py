@@ -2746,8 +2746,8 @@ def test_every_row_is_in_help_and_tested_above(capsys):
 
 
 def test_what_was_published_is_overridden_by_flags_and_leaves_other_presets_their_size():
-    assert settings_of("--preset msmarco --as-published --delta 10 --steps 5 --negatives 0 --n-pairs 50") == dict(
-        split="dev", orders="one", positive="teacher", steps=5, batch=8, out="runs/msmarco")
+    assert settings_of("--preset msmarco --as-published --delta 10 --steps 5000 --negatives 0 --n-pairs 50") == dict(
+        split="dev", orders="one", positive="teacher", steps=5000, batch=8, out="runs/msmarco")
     assert settings_of("--as-published") == dict(settings_of(""), delta=6, orders="one", positive="teacher", negatives=4)
     assert settings_of("--preset zeroshot --as-published") == dict(
         FLAN, delta=8, orders="one", positive="teacher", temperature=5.0, batch=4, negatives=2, out="runs/zeroshot")
@@ -2787,9 +2787,9 @@ def test_a_student_is_evaluated_without_teachers_or_training_queries_and_a_query
     assert "0 training queries (0 labelled), 4 held-out queries" in printed
     assert "queries of 12 tokens, filled with [MASK]s, passages of 20 at most" in printed
     bm25, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert (bm25["system"], student["system"]) == ("bm25", "student") and set(run.METRICS) - {"R@1000"} <= student.keys()
+    assert (bm25["system"], student["system"]) == ("bm25", "student") and set(run.METRICS) - {"R@100", "R@1000"} <= student.keys()
     found = np.load(tmp_path / "run" / "iter0" / "evaluated.npz")["positions"]
-    assert found.shape == (4, 5) and (found >= 0).all() and not any(n in row for n, row in enumerate(found))
+    assert found.shape == (4, 10) and (found >= 0).all() and not any(n in row for n, row in enumerate(found))
     assert "no training queries" in refused(capsys, *command, "--iters", "1")
 
     (tmp_path / "data" / "qrels" / "dev.tsv").write_text("".join(f"a{n}\ta{n}\t1\n" for n in range(4)))  # ids are row numbers
@@ -2804,9 +2804,10 @@ def test_without_judgements_answers_are_looked_for_in_the_passages(encoder, tmp_
     command = [*EVALUATE, "--data", str(arguments_folder(tmp_path / "data", False)), "--out", str(tmp_path / "run"), "--student", encoder]
     assert run.main(command) == 0
     bm25, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    found = np.load(tmp_path / "run" / "iter0" / "evaluated.npz")["positions"]
+    file = np.load(tmp_path / "run" / "iter0" / "evaluated.npz")
+    best = [list(data._distinct_scores({f"a{p}": float(s) for p, s in zip(*row)}))[:5] for row in zip(file["positions"], file["scores"])]
     assert student.keys() == {"system", "iteration", "MRR@10", "answer R@5"}  # the passage with the answer is the one numbered 3
-    assert student["answer R@5"] == (found == 3).any(1).mean()
+    assert student["answer R@5"] == np.mean(["a3" in five for five in best])
     assert re.search(r"held-out queries +MRR@10 +answer R@5\n", capsys.readouterr().out)
 
 
