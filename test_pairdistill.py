@@ -2960,7 +2960,7 @@ import os, sys, torch
 sys.path.insert(0, {here!r})
 torch.cpu._is_avx512_bf16_supported = lambda: False  # bfloat16 rounds by batch shape
 os.sched_getaffinity = lambda _: range(2)  # --gpus 2 is two ranks, on one core too
-os.cpu_count = lambda: 1  # a thread for each of several ranks, on one machine or two
+torch.set_num_threads(1); torch.set_num_threads = lambda n: None  # on one machine or two
 import pairdistill, run, teachers
 pairdistill.fit.__kwdefaults__["checkpoint_every"] = int(os.environ.get("CHECKPOINT_EVERY", 7))
 run.__file__ = __file__  # what the launcher starts
