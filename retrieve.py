@@ -206,7 +206,7 @@ class Index:
         try:
             shapes = {name: tuple(map(int, manifest["shapes"][name])) for name in DTYPES}
             manifest["normalised"], manifest["texts"]
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError):
             raise ValueError(f"{folder} is a damaged index: its manifest does not describe {', '.join(DTYPES)}") from None
         arrays = {}
         for name, dtype in DTYPES.items():

@@ -343,10 +343,11 @@ class Run:
         self.number = self.data.judged_positions()
         train, qrels = self.data.qrels.get("train", {}), self.data.qrels.get(config.split, {})
         judged = {q for judgements in self.data.qrels.values() for q in judgements}
-        others = [split for split, rows in self.data.qrels.items() if rows and split != "train"]
+        judged_splits = [split for split, rows in self.data.qrels.items() if rows]
+        others = [split for split in judged_splits if split != "train"]
         self.eval_ids = list(qrels) or [q for q in self.data.answers if q not in judged and not others]  # the latter: table 2
         if not self.eval_ids:
-            raise ValueError(f"--split {config.split}: {config.data} has {', '.join(s for s, rows in self.data.qrels.items() if rows) or 'no judged queries'}")
+            raise ValueError(f"--split {config.split}: {config.data} has {', '.join(judged_splits) or 'no judged queries'}")
         if qrels and not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
             raise ValueError(f"--split {config.split}: no passage there has a grade above 0, so nothing can be found")
         held_out = {*judged, *self.eval_ids}
@@ -394,7 +395,8 @@ class Run:
         if restart and restart not in planned:
             raise ValueError(f"--restart-from {restart}: the stages are {', '.join(planned)}")
         stages = plan(dataclasses.replace(c, iters=last, rerank=1))  # with --rerank 0, what was reranked before goes too
-        self.redone, changed = redone, again = [], set()
+        self.redone = redone = []
+        again = set()  # the files that are made again
         for stage in stages[stages.index(restart):] if restart else []:  # the stage, and what depends on it or has other settings
             results, reads, _ = row_of(stage)
             if stage == restart or again & set(reads) or self.differ(stage):

@@ -425,6 +425,9 @@ def load_pairwise(spec: str, orders: str = "both", *, device="cpu", cache: "Cach
 
 # Scores asked before ------------------------------------------------------------------------------------------------
 
+VALUES = 900  # in an SQL statement: SQLite takes 32,766, before version 3.32 only 999; even, as a row has two
+
+
 def key_of(asks: str, item: tuple[str, ...]) -> bytes:
     """16 bytes: a digest of the teacher, its prompt and the query, so that a query's rows lie together; then one of these
     and the passages."""
@@ -436,8 +439,8 @@ def key_of(asks: str, item: tuple[str, ...]) -> bytes:
 class Cache:
     """Scores by key_of, in an SQLite file that all ranks of a machine read and write.
 
-    A batch is one transaction: it is there as soon as it is computed, for every rank, and a process that is killed loses
-    the one that it was writing at most. SQLite keeps the rows on disk and a few megabytes of them in memory, whatever
+    A batch is a transaction or a few: it is there as soon as it is computed, for every rank, and a process that is killed
+    loses the one that it was writing at most. SQLite keeps the rows on disk and a few megabytes of them in memory, whatever
     their number. Several machines with one `--out` have a file each (`name`), as network disks do not lock reliably.
     """
 
@@ -468,8 +471,8 @@ class Cache:
     def get(self, keys: list[bytes]) -> dict[bytes, float]:
         """{key: score} of those that were asked before"""
         known = {}
-        for start in range(0, len(keys), 900):  # SQLite takes 32,766 values, before version 3.32 only 999
-            some = keys[start:start + 900]
+        for start in range(0, len(keys), VALUES):
+            some = keys[start:start + VALUES]
             known.update(self._run(f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(some))})", some))
         self.asked += len(keys)
         self.found += sum(key in known for key in keys)
@@ -477,8 +480,8 @@ class Cache:
 
     def add(self, keys: list[bytes], scores: list[float]) -> None:
         rows = [value for row in zip(keys, scores) for value in row]
-        for start in range(0, len(rows), 900):  # a statement is a transaction
-            some = rows[start:start + 900]
+        for start in range(0, len(rows), VALUES):  # a statement is a transaction
+            some = rows[start:start + VALUES]
             self._run(f"INSERT OR REPLACE INTO scores VALUES {','.join(['(?, ?)'] * (len(some) // 2))}", some)
 
 
