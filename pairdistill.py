@@ -122,6 +122,7 @@ class Student(nn.Module):
         if weight is not None:
             with torch.no_grad():
                 student.linear.weight.copy_(weight)
+        student.drawn = weight is None and bool(student.settings["dim"])  # whether its projection is one of random numbers
         return student.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -793,8 +793,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _open(args: argparse.Namespace):
     """The student, its index (built where there is none yet) and the collection that the command line names."""
     from transformers.utils import logging  # here, as a library's user may never need it, and it takes seconds
-    from checkpoints import digest, read
-    from pairdistill import Student
+    from pairdistill import Student, digest
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.folder:
@@ -806,7 +805,7 @@ def _open(args: argparse.Namespace):
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A name on the Hub has no folder to digest: the name stands for it.
     identity = digest(student_folder) if Path(student_folder).is_dir() else str(student_folder)
-    if student.settings["dim"] and read(str(student_folder), student.settings["architecture"], student.tokenizer)[1] is None:
+    if student.drawn:
         raise ValueError(f"{student_folder} has no projection to {student.dim} dimensions, and one drawn at random finds little: "
                          f"make a student of it by run.py, with --dim 0 or --base-steps")
     if not (index_folder / "manifest.json").exists():
