@@ -3259,16 +3259,20 @@ def test_students_of_two_runs_are_compared_query_by_query(tmp_path):
     qrels = {"test": {f"q{n}": {names[n]: 1} for n in range(3)}}
     data.save_collection(data.Collection("four", names, names, {f"q{n}": "word" for n in range(3)}, qrels), tmp_path / "data")
     for run_name, order in (("a", [[0, 1], [0, 1], [0, 1]]), ("b", [[0, 1], [1, 0], [0, -1]])):
-        folder = tmp_path / run_name / "iter2"
+        folder = tmp_path / run_name / "iter0"
         folder.mkdir(parents=True)
         np.savez(folder / "evaluated.npz", positions=np.array(order), scores=np.array([[2., 1.]] * 3))
         config = run.Config(data=str(tmp_path / "data"), iters=0, pointwise="p", pairwise="p")
         (tmp_path / run_name / "config.json").write_text(json.dumps({"preset": "docs", **dataclasses.asdict(config)}))
-    where, (a, b) = compare.compare({"a": [tmp_path / "a"], "b": [tmp_path / "b" / "iter2", tmp_path / "b"]}, "MRR@10")
+    where, (a, b) = compare.compare({"a": [tmp_path / "a"], "b": [tmp_path / "b" / "iter0", tmp_path / "b"]}, "MRR@10")
     assert where == "data, test" and a["MRR@10"] == pytest.approx(.5) and b["MRR@10"] == pytest.approx(2 / 3)
     assert b["difference"] == pytest.approx(1 / 6) and b["p"] == 1 and b["seeds"] == [b["MRR@10"]] * 2
     assert a["interval"][0] == 0 and a["interval"][1] == 1
     draw = np.random.default_rng(0)
     assert compare.p_value(np.full(20, .1), draw) < .001 and compare.p_value(np.tile([.1, -.1], 50), draw) == 1
-    with pytest.raises(ValueError, match="is not a run with an evaluated student"):
+    with pytest.raises(ValueError, match="is not a run: it has no config.json"):
         compare.per_query(tmp_path, "MRR@10")
+    path = tmp_path / "b" / "config.json"  # an older student's figures must not count as the last one's
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"iters": 1}))
+    with pytest.raises(ValueError, match="iter1 has no evaluated.npz: let the run end"):
+        compare.per_query(tmp_path / "b", "MRR@10")

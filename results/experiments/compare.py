@@ -27,12 +27,11 @@ SAMPLES = 10_000
 def per_query(folder: Path, metric: str) -> tuple[str, dict[str, float]]:
     """-> the collection and split, {query: value} of one student; a query without results has 0."""
     if not re.fullmatch(r"iter\d+", folder.name):
-        evaluated = sorted(folder.glob("iter*/evaluated.npz"), key=lambda path: int(path.parent.name[4:]))
-        if not evaluated:
-            raise ValueError(f"{folder} is not a run with an evaluated student: it has no iterN/evaluated.npz")
-        folder = evaluated[-1].parent
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is not a run: it has no config.json")
+        folder /= f"iter{json.loads((folder / 'config.json').read_text())['iters']}"
     if not (folder / "evaluated.npz").exists():
-        raise ValueError(f"{folder} has no evaluated.npz: give a run, or its iterN that was evaluated")
+        raise ValueError(f"{folder} has no evaluated.npz: let the run end, or give an iterN of it that was evaluated")
     settings = json.loads((folder.parent / "config.json").read_text())
     preset = settings.pop("preset")
     run = Run(Config(**{**settings, "out": str(folder.parent)}), preset, None, Ranks(), dry=True)
