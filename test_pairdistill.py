@@ -3218,9 +3218,16 @@ def test_the_readmes_experiments_are_what_results_hold():
         said = json.loads(file.read_text())
         for row in said["rows"]:
             assert compare.line(row, said["metric"]) in readme
-    held_out = {name: [row["held_out"] for line in open(HERE / "results" / "experiments" / f"{name}.jsonl")
-                       if "held_out" in (row := json.loads(line))][-1] for name in ("point", "full")}
-    assert "they put {point:.1%} and {full:.1%} of held-out pairs in the right order".format(**held_out) in " ".join(readme.split())
+    where, readme = HERE / "results" / "experiments", " ".join(readme.split())
+    held_out = lambda log: {row["teacher"]: f"{row['held_out']:.1%}" for row in map(json.loads, (where / log).read_text().splitlines())
+                            if "held_out" in row}  # the last of each
+    (point,), (full,), (point2,), (full2,), known = (
+        held_out(log).values() for log in ("point.jsonl", "full.jsonl", "point-2.jsonl", "full-2.jsonl", "known/log.jsonl"))
+    assert f"they put {point} and {full} of held-out pairs in the right order" in readme
+    assert f"of the same commands in a later version ({point2} and {full2})" in readme
+    student, *reranked = (f"{row['nDCG@10']:.3f}" for row in json.loads((where / "known" / "metrics.json").read_text())[1:])
+    assert (f"100 steps each ({' and '.join(known)}); they rerank the 20 best of untrained MaxSim at 180 tokens, whose nDCG@10 is "
+            f"{student}, to {' and '.join(reranked)}.") in readme
 
 
 def test_the_readmes_other_figures_are_what_results_hold():
