@@ -97,6 +97,7 @@ def plot(files: list[Path], path: Path) -> None:
         axes.axvline(one["rows"][0][one["metric"]], color="lightgray", zorder=0)
         axes.set(yticks=range(len(one["rows"])), yticklabels=[row["system"] for row in one["rows"]],
                  xlabel=f"{one['metric']} ({one['on']})")
+        axes.locator_params(axis="x", nbins=7)
         axes.margins(y=.3)
         axes.invert_yaxis()
     figure.suptitle("mean, and 95% of bootstrap samples of the queries; | is a seed", fontsize=9)
