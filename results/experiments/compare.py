@@ -4,9 +4,10 @@
     python results/experiments/compare.py FILE.json ... --plot FILE.png
 
 A system is a name and the runs (of run.py, on the same collection and split) that are its seeds; of each the last student
-counts, or that of iterN. A query's value is its mean over the seeds. Written are, for each system, the mean over queries; its
-95% interval, by 10,000 bootstrap samples of the queries; the seeds' own means; and the difference to the first system with the
-p-value of a paired randomization test (both sides, 10,000 changes of signs). The lines printed are those of the README's table.
+counts (that of --iters), or that of iterN. A query's value is its mean over the seeds. Written are, for each system, the mean
+over queries; its 95% interval, by 10,000 bootstrap samples of the queries; the seeds' own means; and the difference to the first
+system with the p-value of a paired randomization test (both sides, 10,000 changes of signs). The lines printed are those of the
+README's table.
 """
 import argparse
 import json
@@ -26,15 +27,16 @@ SAMPLES = 10_000
 
 def per_query(folder: Path, metric: str) -> tuple[str, dict[str, float]]:
     """-> the collection and split, {query: value} of one student; a query without results has 0."""
-    if not re.fullmatch(r"iter\d+", folder.name):
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is not a run: it has no config.json")
-        folder /= f"iter{json.loads((folder / 'config.json').read_text())['iters']}"
+    home = folder.parent if re.fullmatch(r"iter\d+", folder.name) else folder
+    if not (home / "config.json").exists():
+        raise ValueError(f"{home} is not a run: it has no config.json")
+    settings = json.loads((home / "config.json").read_text())
+    if folder == home:
+        folder = home / f"iter{settings['iters']}"
     if not (folder / "evaluated.npz").exists():
         raise ValueError(f"{folder} has no evaluated.npz: let the run end, or give an iterN of it that was evaluated")
-    settings = json.loads((folder.parent / "config.json").read_text())
     preset = settings.pop("preset")
-    run = Run(Config(**{**settings, "out": str(folder.parent)}), preset, None, Ranks(), dry=True)
+    run = Run(Config(**{**settings, "out": str(home)}), preset, None, Ranks(), dry=True)
     file, ids = np.load(folder / "evaluated.npz"), run.data.passage_ids
     found = {q: {ids[p]: float(s) for p, s in zip(row, scores) if p >= 0}
              for q, row, scores in zip(run.eval_ids, file["positions"], file["scores"])}
