@@ -26,6 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from data import METRICS, answer_metrics, bm25_run, evaluate, load_collection, read_queries, sample_digest, save_collection
 
 
@@ -411,14 +416,28 @@ class Run:
                                  f"choose another --out, or add --restart-from {stage} to go on from there")
         if dry:
             return
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock()
         for stage in reversed(redone):  # the last one first: what is left is always the beginning of a run
             for path in row_of(stage)[0]:
                 discard(self.out / path)
-        self.out.mkdir(parents=True, exist_ok=True)
         log = self.out / "log.jsonl"
         if log.exists() and not (text := log.read_text()).endswith("\n"):  # a full disk cut its last line
             write(log, text[:text.rfind("\n") + 1])
         write(self.out / "config.json", json.dumps({"preset": preset, **dataclasses.asdict(c)}, indent=1))
+
+    def _lock(self) -> None:
+        """Until this process ends, however it ends: two runs in one folder would rename and remove each other's files."""
+        if fcntl is None:
+            return
+        self.locked = open(self.out / "lock", "w")
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's: main may be called again from it
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"--out {self.out}: another run is at work there; wait until it has ended, or choose another "
+                             f"folder") from None
+        except OSError:
+            pass  # a file system without locks
 
     def differ(self, stage: str) -> list[str]:
         """The flags that would make another result of a stage that is there."""
@@ -678,6 +697,8 @@ def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
     from pairdistill import sample_pairs
     from teachers import preference
     c, ranked = run.config, np.load(folder / "pointwise.npz")
+    if c.n_pairs and not c.lambda_pair:
+        run.ranks.say("  --lambda-pair 0: nothing learns from these pairs; --n-pairs 0 saves the asking")
     queries, positions, scores = ranked["queries"], ranked["positions"], ranked["scores"]
     kept = min(c.kept, positions.shape[1])
     order = np.argsort(-scores, axis=1, kind="stable")

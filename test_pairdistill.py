@@ -2566,8 +2566,9 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     assert "iter0/student, iter0/index, " in refused(capsys, *command, "--restart-from", "iter1/pairs")
     assert sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*")) == before  # a refusal touches nothing
 
-    assert run.main([*command, "--n-pairs", "3", "--restart-from", "iter1/pairwise"]) == 0
+    assert run.main([*command, "--n-pairs", "3", "--lambda-pair", "0", "--restart-from", "iter1/pairwise"]) == 0
     printed = capsys.readouterr().out
+    assert "--lambda-pair 0: nothing learns from these pairs" in printed
     assert re.search(r"^  pointwise .*done before", printed, re.M) and not re.search(r"^  (pairwise|train) .*done before", printed, re.M)
     assert " 540 of 540 scores" in printed and np.load(out / "iter1" / "pairs.npz")["pairs"].shape == (90, 3, 2)
     assert (out / "iter0" / "student" / "model.safetensors").read_bytes() == student
@@ -2906,8 +2907,10 @@ def no_rank_is_left(process: subprocess.Popen) -> bool:
     return subprocess.run(["pgrep", "-f", f"run.* --out {out}"], capture_output=True).returncode == 1
 
 
-def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_stops_all_ranks_and_says_how_to_go_on_and_meanwhile_no_other_run_enters_the_folder(tmp_path, capsys):
     process = start_a_long_run(tmp_path)
+    message = refused(capsys, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *TINY, "--base-steps", "100000")
+    assert "another run is at work there" in message
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     output = process.communicate(timeout=20)[0]
     assert process.returncode == 130 and "the same command goes on" in output and "Traceback" not in output
