@@ -3224,10 +3224,12 @@ def test_the_readmes_experiments_are_what_results_hold():
     where, readme = HERE / "results" / "experiments", " ".join(readme.split())
     held_out = lambda log: {row["teacher"]: f"{row['held_out']:.1%}" for row in map(json.loads, (where / log).read_text().splitlines())
                             if "held_out" in row}  # the last of each
-    (point,), (full,), (point2,), (full2,), known = (
-        held_out(log).values() for log in ("point.jsonl", "full.jsonl", "point-2.jsonl", "full-2.jsonl", "known/log.jsonl"))
+    (point,), (full,), (point2,), (full2,), (point3,), (full3,), known, known3 = (
+        held_out(log).values() for log in ("point.jsonl", "full.jsonl", "point-2.jsonl", "full-2.jsonl", "point-3.jsonl",
+                                           "full-3.jsonl", "known/log.jsonl", "known/log-3.jsonl"))
     assert f"they put {point} and {full} of held-out pairs in the right order" in readme
     assert f"of the same commands in a later version ({point2} and {full2})" in readme
+    assert f"on a processor without bfloat16 ({point3} and {full3}; on SciFact {' and '.join(known3)})" in readme
     student, *reranked = (f"{row['nDCG@10']:.3f}" for row in json.loads((where / "known" / "metrics.json").read_text())[1:])
     assert (f"100 steps each ({' and '.join(known)}); they rerank the 20 best of untrained MaxSim at 180 tokens, whose nDCG@10 is "
             f"{student}, to {' and '.join(reranked)}.") in readme
