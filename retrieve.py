@@ -116,7 +116,8 @@ class Index:
         try:
             return json.loads(path.read_text()) if path.exists() else None
         except ValueError as e:
-            raise ValueError(f"{self.folder} is a damaged index: {path.name} is no JSON ({e})") from None
+            raise ValueError(f"{self.folder} is a damaged index: {path.name} is no JSON ({e}); "
+                             "remove it and build it again") from None
 
     @property
     def measured(self) -> str:
@@ -197,7 +198,7 @@ class Index:
             manifest = json.loads((folder / "manifest.json").read_text())
             version = manifest["format"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{folder} is not an index: it has no readable manifest.json") from None
+            raise ValueError(f"{folder} is not an index: it has no readable manifest.json; name another one, or build it") from None
         if version != FORMAT:
             raise ValueError(f"{folder} is an index of format {version}, expected {FORMAT}: build it again")
         if student_digest and manifest.get("student") != student_digest:
@@ -207,13 +208,15 @@ class Index:
             shapes = {name: tuple(map(int, manifest["shapes"][name])) for name in DTYPES}
             manifest["normalised"], manifest["texts"]
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{folder} is a damaged index: its manifest does not describe {', '.join(DTYPES)}") from None
+            raise ValueError(f"{folder} is a damaged index: its manifest does not describe {', '.join(DTYPES)}; "
+                             "remove it and build it again") from None
         arrays = {}
         for name, dtype in DTYPES.items():
             path, shape = folder / name, shapes[name]
             size, expected = path.stat().st_size if path.exists() else 0, math.prod(shape) * np.dtype(dtype).itemsize
             if size != expected:
-                raise ValueError(f"{folder} is a damaged index: {name} has {size} bytes, expected {expected}")
+                raise ValueError(f"{folder} is a damaged index: {name} has {size} bytes, expected {expected}; "
+                                 "remove it and build it again")
             array = np.memmap(path, dtype, "c", shape=shape)  # copy-on-write, because torch wants to be able to write
             # torch cannot index with uint16, nor compute: the same bits as int16, and a mask where they are read.
             tensor = torch.from_numpy(array.view(np.int16) if dtype == np.uint16 else array).to(device)

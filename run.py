@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -292,7 +293,7 @@ def digest_of(path: Path) -> str:
     if path.is_dir():
         return digest(path)
     h = hashlib.blake2b(digest_size=8)
-    for name, array in np.load(path).items():  # not the file's bytes: they hold the time at which it was written
+    for name, array in read(path).items():  # not the file's bytes: they hold the time at which it was written
         h.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return h.hexdigest()
 
@@ -315,11 +316,14 @@ def write(path: Path, content: str | dict[str, np.ndarray]) -> None:
     os.replace(beside, path)
 
 
-def read_json(path: Path):
+def read(path: Path):
+    """A stage's JSON, or its arrays. Raises ValueError where the file is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}): put a copy of it back, or choose another --out") from None
+        return json.loads(path.read_text()) if path.suffix == ".json" else dict(np.load(path))
+    except (ValueError, EOFError, zipfile.BadZipFile) as e:
+        mend = ("put a copy of it back, or choose another --out" if path.name == "stages.json" else
+                "remove it, and the same command makes it again")
+        raise ValueError(f"{path} is damaged ({e}): {mend}") from None
 
 
 def discard(path: Path) -> None:
@@ -394,7 +398,7 @@ class Run:
         """Compares the settings with those of the finished stages, removes what is to be made again, writes config.json."""
         c, manifest = self.config, self.out / "stages.json"
         self.collection = digest_of_collection(self.data)
-        self.made = read_json(manifest) if manifest.exists() else {}  # {stage: what it is made of}
+        self.made = read(manifest) if manifest.exists() else {}  # {stage: what it is made of}
         last = max([c.iters, *(int(stage[4:].split("/")[0]) for stage in self.made)])
         planned = plan(dataclasses.replace(c, iters=last))
         if restart and restart not in planned:
@@ -528,7 +532,7 @@ class Run:
         """The rows of all iterations so far, which it writes into metrics.json."""
         names = ["metrics.json", *["reranked.json"] * bool(self.config.rerank)]
         paths = [self.out / f"iter{t}" / name for t in range(self.config.iters + 1) for name in names]
-        rows = [row for path in paths if path.exists() for row in read_json(path)]
+        rows = [row for path in paths if path.exists() for row in read(path)]
         self.save(self.out / "metrics.json", json.dumps(rows, indent=1))
         return rows
 
@@ -676,7 +680,7 @@ def with_positive(positions: np.ndarray, gold: list[int]) -> np.ndarray:
 
 def rerank_pointwise(run: Run, teacher, folder: Path) -> None:
     import torch
-    found = dict(np.load(folder / "retrieved.npz"))  # a file's array is read anew whenever it is named
+    found = read(folder / "retrieved.npz")
     share = run.ranks.share(len(found["queries"]))
     qids = [run.train_ids[q] for q in found["queries"]]
     gold = run.positives if run.config.positive == "label" else {}
@@ -696,7 +700,7 @@ def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
     import torch
     from pairdistill import sample_pairs
     from teachers import preference
-    c, ranked = run.config, np.load(folder / "pointwise.npz")
+    c, ranked = run.config, read(folder / "pointwise.npz")
     if c.n_pairs and not c.lambda_pair:
         run.ranks.say("  --lambda-pair 0: nothing learns from these pairs; --n-pairs 0 saves the asking")
     queries, positions, scores = ranked["queries"], ranked["positions"], ranked["scores"]
@@ -738,7 +742,7 @@ def compare_pairs(run: Run, iteration: int, teacher, folder: Path) -> None:
 
 def pair_summary(folder: Path) -> dict[str, float]:
     """Appendix A.2, and the bias that `orders="both"` averages away."""
-    f = np.load(folder / "pairs.npz")
+    f = read(folder / "pairs.npz")
     real = f["pairs"][..., 0] >= 0
     return dict(pairs=int(real.sum()), disagreement=float((f["pair_probs"][real] < 0.5).mean()) if real.any() else 0.0,
                 position_bias=float((f["asked"][real].sum(-1) - 1).mean()) if real.any() else 0.0)
@@ -746,7 +750,7 @@ def pair_summary(folder: Path) -> dict[str, float]:
 
 def distill(run: Run, iteration: int, previous: Path, folder: Path) -> None:
     from pairdistill import train
-    c, f = run.config, np.load(folder / "pairs.npz")
+    c, f = run.config, read(folder / "pairs.npz")
     examples = {k: f[k] for k in ("passages", "teacher", "pairs", "pair_probs", "positive")}
     student = load_student(run, c.start if c.start and iteration == 1 else previous / "student")
     history = train(student, run.text([run.train_ids[q] for q in f["queries"]]), run.data.passages, examples,
@@ -770,7 +774,7 @@ def teacher_queries(config: Config) -> int:
 def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     """A teacher learns from the labels, against passages that the student of iteration 0 finds (section 4.1)."""
     import teachers
-    c, mined = run.config, np.load(iteration_0 / "mined.npz")
+    c, mined = run.config, read(iteration_0 / "mined.npz")
     passages, qids = run.data.passages, [run.train_ids[q] for q in mined["queries"]]
     # A passage that answers no training query is only ever wrong: a teacher would learn the passage, not the question.
     answers = {p for q in qids for p in run.positives[q]}
@@ -800,7 +804,7 @@ def held_out_accuracy(run: Run, role: str, teacher: Path, iteration_0: Path) -> 
     """Of (relevant passage, the best other one that student 0 found), each held-out query's: the share put in order."""
     import torch
     import teachers
-    found, share = np.load(iteration_0 / "evaluated.npz")["positions"], run.ranks.share(len(run.eval_ids))
+    found, share = read(iteration_0 / "evaluated.npz")["positions"], run.ranks.share(len(run.eval_ids))
     asked = []
     for q, row in list(zip(run.eval_ids, found))[share.start:share.stop]:
         relevant = [run.number[p] for p, grade in run.qrels.get(q, {}).items() if grade > 0 and p in run.number]
@@ -840,7 +844,7 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
     """Each teacher reranks what this student found for the held-out queries (table 5): the pointwise one its best
     `rerank`, then the pairwise one the first `rerank_pairs` of that order, each with each (duoT5's sum of wins)."""
     import torch
-    c, found = run.config, np.load(folder / "evaluated.npz")["positions"]
+    c, found = run.config, read(folder / "evaluated.npz")["positions"]
     share, depth = run.ranks.share(len(found)), min(c.rerank, found.shape[1])
     mine, text, passages = found[share.start:share.stop, :depth], run.text(run.eval_ids), run.data.passages
     items = ((text[r], passages[p]) for r, row in zip(share, mine) for p in row)
@@ -893,7 +897,7 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
         f"{run.out}/config.json has every setting")
 
     def student_metrics(t: int) -> str:
-        rows = json.loads((folders[t] / "metrics.json").read_text()) if ranks.first else []
+        rows = read(folders[t] / "metrics.json") if ranks.first else []
         shown = ("MRR@10", "nDCG@10", "R@100", "answer R@5")
         return "; ".join(f"{r['system']} " + ", ".join(f"{m} {r[m]:.3f}" for m in shown if m in r) for r in rows)
 
@@ -929,7 +933,7 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     def rerank(t: int) -> None:
         path = folders[t] / "reranked.json"
         run.stage(t, "teachers", lambda: rerank_for_table(run, t, pointwise, pairwise, folders[t]),
-                  lambda: "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}" for r in json.loads(path.read_text())) if ranks.first else "")
+                  lambda: "; ".join(f"{r['system']} MRR@10 {r['MRR@10']:.3f}" for r in read(path)) if ranks.first else "")
         cache.found = cache.asked = 0
 
     if config.rerank and not config.iters:

@@ -2596,8 +2596,13 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     assert f"{stages} is damaged" in refused(capsys, *command)
     stages.write_text(made)
 
-    (out / "iter1" / "pairs.npz").unlink()  # made again, it is the same
-    assert run.main(command) == 0
+    for name in ("pairs.npz", "metrics.json"):
+        whole = (out / "iter1" / name).read_bytes()
+        (out / "iter1" / name).write_bytes(whole[:len(whole) // 2])
+        message = refused(capsys, *command)
+        assert f"iter1/{name} is damaged" in message and "remove it, and the same command makes it again" in message
+        (out / "iter1" / name).unlink()
+        assert run.main(command) == 0 and (name == "pairs.npz" or (out / "iter1" / name).read_bytes() == whole)
     pairs = dict(np.load(out / "iter1" / "pairs.npz"))
     run.write(out / "iter1" / "pairs.npz", {**pairs, "pair_probs": 1 - pairs["pair_probs"]})
     message = refused(capsys, *command)
