@@ -113,6 +113,8 @@ def _read(name: str, architecture: str, tokenizer) -> tuple[dict, torch.Tensor |
         weight = _colbert_weight(name)
         settings = {} if weight is None else _colbert_settings(name, metadata or {})
     settings = ours or settings
+    if architecture == "dpr" and settings.get("architecture") == "colbert":
+        raise ValueError(f"{name} gives a vector a token: load it with architecture='colbert'")
     if ours and not ours["dim"]:
         return ours, None  # what was saved for the others is the identity
     if weight is None and (settings.get("dim") or (metadata is not None and modules is None)):
@@ -121,8 +123,6 @@ def _read(name: str, architecture: str, tokenizer) -> tuple[dict, torch.Tensor |
     if weight is not None and (weight.ndim != 2 or settings.get("dim", len(weight)) != len(weight)):
         raise ValueError(f"the projection in {name} has shape {list(weight.shape)}, and the settings there say "
                          f"[{settings.get('dim', 'E')}, hidden]; {AGAIN}")
-    if not ours and architecture == "dpr" and settings.get("architecture") == "colbert":
-        raise ValueError(f"{name} gives a vector a token: load it with architecture='colbert'")
     return settings | ({} if weight is None else {"dim": len(weight)}), weight
 
 

@@ -21,6 +21,7 @@ names the file, the line and the mend.
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import gzip
 import hashlib
@@ -251,18 +252,24 @@ def _split_docstring(docstring: str) -> tuple[str, str] | None:
 # Texts on disk --------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _whole(folder: Path):
+    try:
+        yield
+    except (OSError, ValueError, EOFError, IndexError) as e:
+        raise DataError(f"{folder}: the corpus's texts are damaged ({e}); remove this folder, and they are made again.") from None
+
+
 class Texts(Sequence):
     """N strings in one UTF-8 file that is memory-mapped: item n lies at offsets[n]:offsets[n + 1] - 1, a newline after it."""
 
     def __init__(self, folder: Path, name: str):
-        try:
+        with _whole(folder):
             self.offsets = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
             with open(folder / f"{name}.txt", "rb") as file:
                 self.text, self.asked = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0
             if len(self.text) != self.offsets[-1]:
                 raise ValueError(f"{name}.txt has {len(self.text):,} bytes, expected {self.offsets[-1]:,}")
-        except (OSError, ValueError, EOFError, IndexError) as e:
-            raise DataError(f"{folder}: the corpus's texts are damaged ({e}); remove this folder, and they are made again.") from None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -284,7 +291,10 @@ class Ids(Texts):
 
     def __init__(self, folder: Path, name: str):
         super().__init__(folder, name)
-        self.hashes, self.order = (np.asarray(np.load(folder / f"{name}.{part}.npy", mmap_mode="r")) for part in ("hashes", "order"))
+        with _whole(folder):
+            self.hashes, self.order = (np.asarray(np.load(folder / f"{name}.{part}.npy", mmap_mode="r")) for part in ("hashes", "order"))
+            if not len(self.hashes) == len(self.order) == len(self):
+                raise ValueError(f"{name} has {len(self.hashes):,} hashes and {len(self.order):,} positions, expected {len(self):,}")
 
     def find(self, ids: Iterable[str]) -> np.ndarray:
         """Their positions, int64 [n]; -1 for one that is not there."""
@@ -563,7 +573,7 @@ def evaluate(run: Run, qrels: Qrels, metrics: Sequence[str] = METRICS) -> dict[s
     if not qrels:
         raise DataError("nothing to evaluate: the qrels hold no query.")
     measures = {metric: ir_measures.parse_measure(metric.replace("MRR", "RR")) for metric in metrics}
-    ranked = {qid: _distinct_scores(run[qid]) for qid in qrels if run.get(qid)}
+    ranked = {qid: distinct_scores(run[qid]) for qid in qrels if run.get(qid)}
     means = ir_measures.calc_aggregate(list(measures.values()), qrels, ranked)
     return {metric: float(means[measure]) for metric, measure in measures.items()}
 
@@ -573,7 +583,7 @@ def answer_metrics(run: Run, collection: Collection, qids: Sequence[str]) -> dic
     such a passage among the best five (DPR's and ColBERTv2's Recall@5); beside it MRR@10."""
     firsts = []
     for qid in qids:
-        best = list(_distinct_scores(run.get(qid, {})))[:10]
+        best = list(distinct_scores(run.get(qid, {})))[:10]
         where, answers = collection.positions(best), collection.answers[qid]
         firsts.append(next((n for n, p in enumerate(best, 1) if has_answer(collection.passages[where[p]], answers)), np.inf))
     return {"MRR@10": float(np.mean(1 / np.array(firsts))), "answer R@5": float(np.mean(np.array(firsts) <= 5))}
@@ -603,7 +613,7 @@ class _Tokens(dict):
 _TOKENS = _Tokens()
 
 
-def _distinct_scores(scores: Mapping[str, float]) -> dict[str, float]:
+def distinct_scores(scores: Mapping[str, float]) -> dict[str, float]:
     """Scores n, n - 1, ..., 1 in trec_eval's order, so that no provider of ir_measures meets a tie."""
     order = sorted(zip(np.array(list(scores.values()), dtype=np.float32).tolist(), scores), reverse=True)
     return {passage_id: float(len(order) - rank) for rank, (_, passage_id) in enumerate(order)}

@@ -767,7 +767,7 @@ def maxsim(q: Tensor, d: Tensor, offsets: Tensor, q_mask: Tensor | None = None, 
     max_length: a bound on the passages' lengths, where the caller knows one (else T is): the saved winners take 1, 2 or
     4 bytes each by it, and a passage that breaks it scores NaN (torch: ValueError; eager has no use for it).
     backend: "triton" (CUDA, or TRITON_INTERPRET=1), "torch" (blockwise; on CUDA it synchronizes), "eager" (the
-    reference), "auto" (triton on CUDA, torch on a CPU).
+    reference), "auto" (triton on CUDA where it can, else torch).
     """
     return _maxsim(q, d, offsets, q_mask, backend, max_length, paired=False)
 

@@ -4,7 +4,7 @@ A student turns a text into vectors, one a token (ColBERT) or one in all (DPR), 
 
     s(q, d) = sum over query tokens of the maximum over passage tokens of  q_token . d_token,
 
-which for one vector on each side is the dot product: nothing below asks which of the two it has. One iteration trains it
+which for one vector on each side is the dot product: no loss asks which of the two it has. One iteration trains it
 on what the teachers said of the passages that it retrieved itself:
 
     L = L_CL + lambda_KD L_KD + lambda_pair L_pair        (with no labels at hand: L_ZS = L_KD + lambda_pair L_pair)
@@ -361,12 +361,14 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, p):
         n = round(256 * p)
         bytes_ = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2**63, None).view(torch.uint8)
-        ctx.dropped, ctx.scale = (bytes_[:x.numel()] < n).view(x.shape), 256 / (256 - n)
-        return x.masked_fill(ctx.dropped, 0).mul_(ctx.scale)
+        dropped, ctx.scale = (bytes_[:x.numel()] < n).view(x.shape), 256 / (256 - n)
+        ctx.save_for_backward(dropped)  # an attribute would outlive the pass that activation checkpointing repeats
+        return x.masked_fill(dropped, 0).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.masked_fill(ctx.dropped, 0).mul_(ctx.scale), None
+        dropped, = ctx.saved_tensors
+        return grad.masked_fill(dropped, 0).mul_(ctx.scale), None
 
 
 def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ranks: Ranks, desc: str, seed: int,
@@ -494,8 +496,8 @@ def _ahead(prepare, start: int, steps: int):
 class Memory:
     """Halves the student's chunk once when device memory runs out, on all ranks alike; the second time ends the run.
 
-    Ranks agree after encoding and after the backward pass. In between they exchange embeddings and their gradients, and one
-    that runs out there cannot be waited for: that ends the run at once.
+    Ranks agree after encoding and after the backward pass. In between, L_CL makes them exchange embeddings and their gradients,
+    and one that runs out there cannot be waited for: that ends the run at once.
     """
 
     def __init__(self, student: Student, ranks: Ranks, most: int):
@@ -512,12 +514,13 @@ class Memory:
             out += 1
         return None if self.ranks.sum_(out) > 0 else result
 
-    def encoded(self, work):
-        """The same for work() -> d and more, but raises OutOfMemoryError on all ranks; `between` until d's gradient is there."""
+    def encoded(self, work, exchange: bool):
+        """The same for work() -> d and more, but raises OutOfMemoryError on all ranks. If they exchange d, `between` until its
+        gradient is there."""
         self.between = False
         if (result := self.agreed(work)) is None:
             raise torch.OutOfMemoryError
-        self.between = True
+        self.between = exchange
         if result[0].requires_grad:
             result[0].register_hook(lambda _: setattr(self, "between", False))
         return result
@@ -535,8 +538,8 @@ class Memory:
                 f"many, a smaller --batch or --passage-length")
 
 
-BFLOAT16_PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "A6000": 155,
-                 "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "4090": 165, "3090": 71}  # dense TFLOP/s, from data sheets
+BFLOAT16_PEAK = {"H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "A10": 125,
+                 "A30": 165, "A40": 150, "A6000": 155, "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "4090": 165, "3090": 71}  # dense TFLOP/s, from data sheets
 
 
 def peak_flops(device: torch.device) -> float:
@@ -635,7 +638,7 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
 
     def batch_terms(step: dict) -> torch.Tensor:
         d, offsets, q, q_mask = memory.encoded(
-            lambda: (*student.embed_passages(*step["passages"]), *student.embed_queries(*step["queries"])))
+            lambda: (*student.embed_passages(*step["passages"]), *student.embed_queries(*step["queries"])), exchange=in_batch)
         for _, attended in (step["queries"], *step["passages"][0]):
             speed.add(attended.sum(1).numpy())
         if in_batch:
@@ -643,7 +646,8 @@ def train(student: Student, queries: list[str], passages, examples: dict[str, np
         own = [_send(x, q.device) for x in step["own"]]
         objective = lambda rows, d, offsets, first: torch.stack(list(pairdistill_objective(
             q[rows] / temperature, d, offsets, *(x[rows] for x in own), q_mask[rows], in_batch=in_batch, tau=tau,
-            lambda_kd=lambda_kd, lambda_pair=lambda_pair, pair_reduction=pair_reduction, **step["counts"], first_query=first)))
+            lambda_kd=lambda_kd, lambda_pair=lambda_pair, pair_reduction=pair_reduction, max_length=student.passage_length,
+            **step["counts"], first_query=first)))
         if not (in_batch and negatives):
             return objective(slice(None), d, offsets, step["first"])
         # A group may lie on two ranks: the result does not depend on their number.

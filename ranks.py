@@ -236,6 +236,8 @@ class AfterStep:
             signal.signal(signal.SIGTERM, self.before)
         if self.came and isinstance(error, RuntimeError):
             raise SystemExit(143) from None
+        if self.came and error is None:  # it came in the last step
+            signal.raise_signal(signal.SIGTERM)
 
 
 def end_with_launcher() -> None:

@@ -54,7 +54,7 @@ class Config:
     student: str = option("colbert-ir/colbertv2.0", "Hub name or folder; scratch: a small one with random weights",
                           "ColBERTv2")
     architecture: str = option("colbert", "colbert or dpr", "both, table 3")
-    dim: int = option(128, "of a projected vector; 0: the encoder's own width, no projection", "128")
+    dim: int = option(128, "of a projected vector, where the student's folder has no projection; 0: the encoder's own width", "128")
     query_length: int | None = option(None, "tokens; without this flag, and the next three, as the student's folder has it; "
                                       "for a plain encoder 32, 180, yes and yes. ArguAna's queries: 300, Climate-FEVER's: 64", "32")
     passage_length: int | None = option(None, "tokens", "180")
@@ -203,7 +203,7 @@ def parse(argv: list[str]) -> tuple[str, Config, str | None, bool]:
     config = Config(**{**PRESETS[preset], **published, **given})
     by_name = QUERY_LENGTHS.get(config.data.rstrip("/").rpartition("/")[2].lower().replace("_", "-"))
     return preset, dataclasses.replace(config, out=config.out or f"runs/{preset}",
-                                       query_length=config.query_length or by_name), restart, dry
+                                       query_length=by_name if config.query_length is None else config.query_length), restart, dry
 
 
 def check(config: Config) -> None:
@@ -224,6 +224,8 @@ def check(config: Config) -> None:
     for name in ("query_length", "passage_length"):
         if getattr(config, name) is not None and getattr(config, name) < 4:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 4 or more, as [CLS], a marker and [SEP] count")
+    if config.dim % 4:
+        raise ValueError(f"--dim {config.dim}: expected a multiple of 4, as the index codes 4 dimensions in a byte")
     if config.kept > config.retrieve_k:
         raise ValueError(f"--kept {config.kept}: more than the --retrieve-k {config.retrieve_k} passages retrieved")
     if config.eval_k < 10:
@@ -458,8 +460,13 @@ class Run:
             c = dataclasses.replace(c, architecture="colbert")  # --architecture is of --start
         return {"data": f"digest {self.collection}", "seed": c.seed, **{n: getattr(c, n) for n in names}}
 
+    def there(self, stage: str) -> bool:
+        """Whether its results are: a checkpoint, or what a student from random weights began as, may be gone."""
+        result, *others = row_of(stage)[0]
+        return all((self.out / name).exists() for name in (result, *(name for name in others if name.endswith(".npz"))))
+
     def done(self, stage: str) -> bool:
-        return (self.out / row_of(stage)[0][0]).exists() and stage not in self.redone
+        return self.there(stage) and stage not in self.redone
 
     def begun(self, stage: str) -> bool:
         """Whether its result is there, or a checkpoint on the way to it."""
@@ -513,7 +520,7 @@ class Run:
         import torch
         from ranks import peak_memory
         stage = f"iter{iteration}/{name}"
-        done, start = (self.out / row_of(stage)[0][0]).exists(), time.time()
+        done, start = self.there(stage), time.time()
         if self.ranks.first:
             self._record(stage)
         self.ranks.barrier()  # without it a rank could see the file of a stage that others have yet to enter
@@ -539,10 +546,11 @@ class Run:
 
 # Stages -------------------------------------------------------------------------------------------------------------
 
-def load_student(run: Run, folder: str | Path, architecture: str | None = None):
+def load_student(run: Run, folder: str | Path, architecture: str = "colbert"):
+    """A folder of this project knows its architecture; `architecture` is for what iteration 0 or 1 starts from."""
     from pairdistill import Student, automatic_chunk
     c = run.config
-    student = Student.from_pretrained(str(folder), architecture or c.architecture, c.dim or None, c.query_length, c.passage_length,
+    student = Student.from_pretrained(str(folder), architecture, c.dim or None, c.query_length, c.passage_length,
                                       c.expansion, markers=c.markers, seed=c.seed).to(run.ranks.device)
     student.chunk = c.passage_chunk or automatic_chunk(student)
     return student
@@ -558,7 +566,7 @@ def iteration_zero(run: Run, folder: Path) -> None:
     """The student before the first iteration: loaded, or built from random weights, and where it cannot retrieve yet
     trained by L_CL alone."""
     c = run.config
-    student = load_student(run, scratch(run, "student") if c.student == "scratch" else c.student, "colbert" if c.start else None)
+    student = load_student(run, scratch(run, "student") if c.student == "scratch" else c.student, "colbert" if c.start else c.architecture)
     if c.base_steps:
         history = contrast(run, student, c.base_steps, c.base_lr, c.temperature, "  iteration 0", folder / "checkpoint")
         log_losses(run, 0, history)
@@ -580,6 +588,9 @@ def contrast(run: Run, student, steps: int, lr: float, temperature: float, desc:
     if not qids:
         raise ValueError("training from scratch needs labels, and no training query has one: name pretrained models")
     n = len(qids)
+    if n < run.ranks.world:
+        raise ValueError(f"training from scratch needs a labelled query for each of {run.ranks.world} ranks, and there are {n}: give "
+                         f"fewer --gpus, or name pretrained models")
     examples = dict(passages=np.array([[run.positives[q][0]] for q in qids]), teacher=np.zeros((n, 1), np.float32),
                     pairs=np.full((n, 0, 2), -1), pair_probs=np.zeros((n, 0), np.float32), positive=np.zeros(n, np.int64))
     return train(student, run.text(qids), run.data.passages, examples, steps=steps, batch=run.config.base_batch, lr=lr,
@@ -752,7 +763,7 @@ def distill(run: Run, iteration: int, previous: Path, folder: Path) -> None:
     from pairdistill import train
     c, f = run.config, read(folder / "pairs.npz")
     examples = {k: f[k] for k in ("passages", "teacher", "pairs", "pair_probs", "positive")}
-    student = load_student(run, c.start if c.start and iteration == 1 else previous / "student")
+    student = load_student(run, c.start if c.start and iteration == 1 else previous / "student", c.architecture)
     history = train(student, run.text([run.train_ids[q] for q in f["queries"]]), run.data.passages, examples,
                     steps=c.steps, batch=c.batch, lr=c.lr, warmup=c.warmup, temperature=c.temperature, tau=c.tau, lambda_kd=c.lambda_kd,
                     lambda_pair=c.lambda_pair, pair_reduction=c.pair_reduction, seed=c.seed + iteration, ranks=run.ranks,
@@ -1039,7 +1050,7 @@ def picture(run: Run, rows: list[dict]) -> None:
 
 def main(argv: list[str]) -> int:
     preset, config, restart, dry = parse(argv)
-    stopped = (f"\nstopped; the same command{' without --restart-from' * bool(restart)} goes on from the last finished stage in "
+    stopped = (f"\nstopped; the same command{', without --restart-from once a stage was named above,' * bool(restart)} goes on from the last finished stage in "
                f"{config.out}")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's --max-restarts: what was redone is kept
         restart = None
@@ -1081,8 +1092,8 @@ def main(argv: list[str]) -> int:
             print(stopped, flush=True)
         return 130 if isinstance(e, KeyboardInterrupt) else e.code
     except Exception as e:
-        if "No space left" in str(e):  # of the score cache, teachers.Cache says it
-            print(f"error: the disk that holds {config.out} is full; what is finished is kept: make room, and the same command "
+        if "No space left" in str(e) or "requested and" in str(e):  # numpy says so; of the score cache, teachers.Cache says it
+            print(f"error: the disk that holds {config.out}, or the texts made of --data, is full; what is finished is kept: make room, and the same command "
                   f"goes on", file=sys.stderr, flush=True)
             return 2
         alone = ranks.LAUNCHED not in os.environ  # else the parent says what ended first, and how to go on

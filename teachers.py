@@ -118,7 +118,8 @@ class Classifier(nn.Module):
         # How much: the mean over the query's words of the closest word of the passage, by the model's own word vectors.
         # scratch_encoder numbers tokens from frequent to rare: the logarithm of the number weights a word by its rarity.
         vectors = F.normalize(self.model.get_input_embeddings().weight.detach()[ids].float(), dim=-1)
-        similarity = vectors @ vectors.transpose(1, 2)
+        with torch.autocast(ids.device.type, enabled=False):  # the same in training as when it scores
+            similarity = vectors @ vectors.transpose(1, 2)
         weight = ids.float().log1p() * (word & (segments == 0))
         holds = []
         for s in (1, 2):

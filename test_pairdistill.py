@@ -5,6 +5,7 @@ before they are imported. What needs the data sets beside the project, or a pack
 """
 import contextlib
 import dataclasses
+import gc
 import gzip
 import hashlib
 import itertools
@@ -31,6 +32,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -44,7 +46,7 @@ import run
 import teachers
 from maxsim_kernel import maxsim, maxsim_paired, pairdistill_loss, pairdistill_objective
 from pairdistill import LEVELS, MARKS, Batches, Student, _wordpieces, sample_pairs, scratch_encoder, train
-from ranks import Ranks, sum_gradients
+from ranks import AfterStep, Ranks, sum_gradients
 from retrieve import Index
 
 HERE = Path(__file__).resolve().parent
@@ -227,6 +229,13 @@ def test_a_corpus_is_converted_once_and_again_when_it_has_changed(tmp_path, monk
         file.write('{"_id": "d4", "text": "new"}\n')
     assert len(data.load_collection(folder).passages) == 4 and len(caches(folder)) == 1 and caches(folder) != [before]
     assert list(first.passages)[1] == "other"  # whoever has the old one open still reads it
+    order = Path(caches(folder)[0], "ids.order.npy")
+    whole = order.read_bytes()
+    for size in (len(whole) - 3, 0):
+        order.write_bytes(whole[:size])
+        with pytest.raises(data.DataError, match=r"corpus.texts/\w+: the corpus's texts are damaged \(.*; remove this folder"):
+            data.load_collection(folder)
+    order.write_bytes(whole)
     damaged = Path(caches(folder)[0], "passages.txt")
     damaged.write_bytes(damaged.read_bytes()[:-3])
     with pytest.raises(data.DataError, match=r"corpus.texts/\w+: the corpus's texts are damaged \(passages.txt has \d+ bytes, expected"):
@@ -1417,6 +1426,28 @@ def test_cheap_attention_and_dropout_are_what_torch_computes():
     assert _dropout(x, 0.1, training=False) is x and _dropout(x, 0.0) is x
 
 
+def test_what_dropout_dropped_is_not_kept_where_activations_are_recomputed():
+    from pairdistill import _dropout
+    x = torch.ones(1237, 3, requires_grad=True)
+    y = checkpoint(_dropout, x, 0.5, use_reentrant=False)
+    kept = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.bool and t.shape == x.shape]
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and not kept
+
+
+def test_a_sigterm_in_the_last_step_is_not_forgotten():
+    before, came = signal.signal(signal.SIGTERM, lambda *_: came.append("by the handler of before")), []
+    try:
+        with AfterStep(Ranks()) as sigterm:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not sigterm.came:
+                time.sleep(.01)
+            assert not came
+        assert came == ["by the handler of before"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def out_of_memory(monkeypatch, times: int, when=lambda student: True) -> list[int]:
     """Encoding runs out of memory so many times; the chunks at which it was tried."""
     embed, tried = Student.embed_passages, []
@@ -2596,13 +2627,15 @@ def test_a_changed_flag_or_file_is_refused_where_it_changes_what_is_finished_and
     assert f"{stages} is damaged" in refused(capsys, *command)
     stages.write_text(made)
 
-    for name in ("pairs.npz", "metrics.json"):
+    for name in ("pairs.npz", "metrics.json", "evaluated.npz"):
         whole = (out / "iter1" / name).read_bytes()
-        (out / "iter1" / name).write_bytes(whole[:len(whole) // 2])
-        message = refused(capsys, *command)
-        assert f"iter1/{name} is damaged" in message and "remove it, and the same command makes it again" in message
+        if name != "evaluated.npz":  # which nothing reads where no teacher reranks
+            (out / "iter1" / name).write_bytes(whole[:len(whole) // 2])
+            message = refused(capsys, *command)
+            assert f"iter1/{name} is damaged" in message and "remove it, and the same command makes it again" in message
         (out / "iter1" / name).unlink()
-        assert run.main(command) == 0 and (name == "pairs.npz" or (out / "iter1" / name).read_bytes() == whole)
+        assert run.main(command) == 0 and (out / "iter1" / name).exists()
+        assert name != "metrics.json" or (out / "iter1" / name).read_bytes() == whole
     pairs = dict(np.load(out / "iter1" / "pairs.npz"))
     run.write(out / "iter1" / "pairs.npz", {**pairs, "pair_probs": 1 - pairs["pair_probs"]})
     message = refused(capsys, *command)
@@ -2769,6 +2802,8 @@ def test_lengths_expansion_and_markers_are_the_folders_unless_a_flag_says_otherw
     assert shown(load(tmp_path / "s", "--query-length", "7")) == [7, 300, False, ["", ""]]
     flags = ["--passage-length", "30", "--expansion", "--markers"]
     assert shown(load(tmp_path / "s", *flags)) == [9, 30, True, ["[unused0]", "[unused1]"]]
+    with pytest.raises(ValueError, match="/s gives a vector a token: load it with architecture='colbert'"):
+        Student.from_pretrained(str(tmp_path / "s"), "dpr")
     assert shown(load(encoder)) == [32, 300, True, ["[unused0]", "[unused1]"]]  # a plain encoder's, and the preset's 300
 
 
@@ -2811,7 +2846,7 @@ def test_without_judgements_answers_are_looked_for_in_the_passages(encoder, tmp_
     assert run.main(command) == 0
     bm25, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
     file = np.load(tmp_path / "run" / "iter0" / "evaluated.npz")
-    best = [list(data._distinct_scores({f"a{p}": float(s) for p, s in zip(*row)}))[:5] for row in zip(file["positions"], file["scores"])]
+    best = [list(data.distinct_scores({f"a{p}": float(s) for p, s in zip(*row)}))[:5] for row in zip(file["positions"], file["scores"])]
     assert student.keys() == {"system", "iteration", "MRR@10", "answer R@5"}  # the passage with the answer is the one numbered 3
     assert student["answer R@5"] == np.mean(["a3" in five for five in best])
     assert re.search(r"held-out queries +MRR@10 +answer R@5\n", capsys.readouterr().out)
@@ -2885,6 +2920,7 @@ def test_more_gpus_than_there_are_is_refused_with_their_number(capsys, monkeypat
 @pytest.mark.parametrize("flags, says", [(["--kept", "200"], "--kept 200"), (["--pair-reduction", "max"], "mean or sum"),
                                          (["--batch", "0"], "--batch 0"), (["--negatives", "1"], "--negatives 1"),
                                          (["--lr", "inf"], "--lr inf"), (["--delta", "1"], "--delta 1"), (["--eval-k", "5"], "--eval-k 5"),
+                                         (["--dim", "50"], "--dim 50"), (["--query-length", "0"], "--query-length 0"),
                                          (["--warmup", "20"], "--warmup 20"), (["--out", "/dev/null/run"], "/dev/null is not a folder"),
                                          (["--no-labels", "--lambda-kd", "0", "--lambda-pair", "0"], "no loss is left"),
                                          (["--start", "nowhere"], "cannot load 'nowhere'"),
@@ -3295,3 +3331,5 @@ def test_students_of_two_runs_are_compared_query_by_query(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"iters": 1}))
     with pytest.raises(ValueError, match="iter1 has no evaluated.npz: let the run end"):
         compare.per_query(tmp_path / "b", "MRR@10")
+    with pytest.raises(ValueError, match="--metric mrr@10: measure not found"):
+        compare.per_query(tmp_path / "a", "mrr@10")

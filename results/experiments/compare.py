@@ -19,8 +19,9 @@ import ir_measures
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import distinct_scores
 from ranks import Ranks
-from run import Config, Run
+from run import Config, Run, read
 
 SAMPLES = 10_000
 
@@ -37,10 +38,14 @@ def per_query(folder: Path, metric: str) -> tuple[str, dict[str, float]]:
         raise ValueError(f"{folder} has no evaluated.npz: let the run end, or give an iterN of it that was evaluated")
     preset = settings.pop("preset")
     run = Run(Config(**{**settings, "out": str(home)}), preset, None, Ranks(), dry=True)
-    file, ids = np.load(folder / "evaluated.npz"), run.data.passage_ids
+    file, ids = read(folder / "evaluated.npz"), run.data.passage_ids
     found = {q: {ids[p]: float(s) for p, s in zip(row, scores) if p >= 0}
              for q, row, scores in zip(run.eval_ids, file["positions"], file["scores"])}
-    measure = ir_measures.parse_measure(metric.replace("MRR", "RR"))
+    found = {q: distinct_scores(scores) for q, scores in found.items()}  # as run.py does: providers break ties differently
+    try:
+        measure = ir_measures.parse_measure(metric.replace("MRR", "RR"))
+    except NameError as e:
+        raise ValueError(f"--metric {metric}: {e}; such as nDCG@10, MRR@10, R@100") from None
     values = {row.query_id: row.value for row in ir_measures.iter_calc([measure], run.qrels, found)}
     return f"{Path(run.config.data).name}, {run.config.split}", {q: values.get(q, 0.0) for q in run.qrels}
 
@@ -126,12 +131,12 @@ def main() -> int:
                 parser.error(f"{system}: expected NAME=RUN[,RUN...], each name once")
             systems[name] = [Path(folder) for folder in folders.split(",")]
         where, rows = compare(systems, args.metric)
+        print(*(line(row, args.metric) for row in rows), sep="\n")
+        args.out.write_text(json.dumps({"on": where, "metric": args.metric, "rows": rows}, indent=1))
+        return 0
     except (ValueError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
-    args.out.write_text(json.dumps({"on": where, "metric": args.metric, "rows": rows}, indent=1))
-    print(*(line(row, args.metric) for row in rows), sep="\n")
-    return 0
 
 
 if __name__ == "__main__":
