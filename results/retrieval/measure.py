@@ -1,7 +1,7 @@
 """retrieve.py against exact search and, in the same run and on the same embeddings, PyLate's PLAID index.
 
     python results/retrieval/measure.py --student FOLDER --data SPEC --split test [--sizes 1000 10000 100000]
-        [--queries 300] [--plaid PYTHON] --out results/retrieval/NAME.json
+        [--queries 300] [--architecture dpr] [--seeds 3] [--plaid PYTHON] --out results/retrieval/NAME.json
     python results/retrieval/measure.py --predict results/retrieval/medquad*.json --out results/retrieval/prediction.json
                                                                        # MS MARCO's size, from the growth seen
 
@@ -72,7 +72,7 @@ def one_by_one(search, q: torch.Tensor, mask: torch.Tensor, exact: torch.Tensor)
     return {"one_ms": 1e3 * float(np.median(times[3:])), "recall@10": float(np.mean(recalls[3:]))}
 
 
-def measure(student: Stored, q: torch.Tensor, mask: torch.Tensor, n: int, ndcg, plaid: str | None) -> list[dict]:
+def measure(student: Stored, q: torch.Tensor, mask: torch.Tensor, n: int, ndcg, plaid: str | None, seeds: int = 1) -> list[dict]:
     rows, numbers = [], [str(i) for i in range(n)]
 
     def truth(q, k, mask):
@@ -95,20 +95,25 @@ def measure(student: Stored, q: torch.Tensor, mask: torch.Tensor, n: int, ndcg, 
 
     exact, seconds = timed(truth)
     row("exact, not coded", exact, exact, seconds, bytes_per_token=4.0 * q.shape[2])
-    with tempfile.TemporaryDirectory() as folder:
+
+    def indexed(folder: str, seed: int) -> None:
         before, student.seconds, start = peak_gb(reset=True), 0.0, time.perf_counter()
-        retrieve.Index.build(student, numbers, Path(folder) / "index")
+        retrieve.Index.build(student, numbers, Path(folder) / "index", seed=seed)
         build = time.perf_counter() - start - student.seconds
         gb, start = peak_gb() - before, time.perf_counter()
         index = retrieve.Index.load(Path(folder) / "index")
-        same = {"tokens": len(index.codes), "lists": len(index.centroids), "build_s": build,
+        same = {"seed": seed, "tokens": len(index.codes), "lists": len(index.centroids), "build_s": build,
                 "build tokens/s": len(index.codes) / build, "bytes_per_token": index.bytes_per_token, "gb": gb}
         opened = 1e3 * (time.perf_counter() - start)
         one = one_by_one(index.search, q, mask, exact)
         found, seconds = timed(index.search)
         row("index", found, exact, seconds, **same, open_ms=opened, **one)
         found, seconds = timed(lambda q, k, mask: index.search(q, k, mask, exact=True))
-        row("index, exact=True", found, exact, seconds, tokens=len(index.codes))
+        row("index, exact=True", found, exact, seconds, seed=seed, tokens=len(index.codes))
+
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            indexed(folder, seed)
     if plaid:
         with tempfile.TemporaryDirectory() as folder:
             d, offsets = student.encode_passages(numbers)
@@ -155,6 +160,8 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="default: the whole collection")
     parser.add_argument("--queries", type=int, default=300, help="the first so many of the split (default: 300)")
+    parser.add_argument("--architecture", default="colbert", help="or dpr: one vector of the encoder's width")
+    parser.add_argument("--seeds", type=int, default=1, help="indexes, each by another seed")
     parser.add_argument("--plaid", metavar="PYTHON", help="where `pylate` is installed; measured at the collection's own size")
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help="an .npz that keeps them for the next time")
     parser.add_argument("--out", type=Path)
@@ -165,7 +172,7 @@ def main() -> None:
     if args.predict:
         args.out.write_text(json.dumps(rows := predict(args.predict), indent=1))
         return print(*(f"{r['cost']:<28}{r['value']:10.1f} {r['unit']:<6} (tokens^{r['power']:.2f})" for r in rows), sep="\n")
-    collection, student = load_collection(args.data), load_student(args.student)
+    collection, student = load_collection(args.data), load_student(args.student, args.architecture)
     speed = encoding_speed(student, collection.passages[:512])
     qids = list(collection.qrels[args.split])[:args.queries]
     if args.embeddings and args.embeddings.exists():
@@ -184,7 +191,7 @@ def main() -> None:
         return evaluate(run, {qid: collection.qrels[args.split][qid] for qid in qids}, ["nDCG@10"])["nDCG@10"]
 
     rows = [row for n in args.sizes or [real] for row in measure(Stored(z["d"], z["offsets"]), q, mask, n, ndcg,
-                                                                  args.plaid if n == real else None)]
+                                                                  args.plaid if n == real else None, args.seeds)]
     out = {"data": Path(args.data).name, "threads": torch.get_num_threads(), "queries": len(qids),
            "query tokens": float(mask.sum(1).float().mean()), "encode tokens/s": speed, "rows": rows}
     args.out.write_text(json.dumps(out, indent=1))
@@ -210,9 +217,9 @@ def predict(files: list[Path]) -> list[dict]:
     return out
 
 
-def load_student(name: str) -> Student:
-    return Student.from_pretrained(name, dim=128, query_length=64, passage_length=180, query_expansion=False, markers=False,
-                                   seed=0).eval()
+def load_student(name: str, architecture: str = "colbert") -> Student:
+    return Student.from_pretrained(name, architecture, dim=128 if architecture == "colbert" else None, query_length=64,
+                                   passage_length=180, query_expansion=False, markers=False, seed=0).eval()
 
 
 @torch.inference_mode()
