@@ -2561,6 +2561,10 @@ def test_the_loop_runs_goes_on_where_it_stopped_and_answers_a_question(tmp_path,
     assert (golds == np.array([int(k) for k in range(120) if k % 4 > 1])).all()  # the positive is always kept
     assert (np.diff(pairs["teacher"][:, :5]) <= 0).all() and (pairs["pairs"][..., 1] - pairs["pairs"][..., 0] < 10).all()
     assert (out / "report.png").stat().st_size > 20_000
+    asked, ours = load_script("experiments/compare.py").asked(out), pairs["pairs"] == pairs["positive"][:, None, None]
+    first, probs = ours[..., 0][ours.any(-1)], pairs["pair_probs"][ours.any(-1)]  # every query has one label at most
+    assert (asked["pairs"], asked["with one"]) == (360, ours.any(-1).sum())
+    assert asked["pairwise"] == ((probs > .5) == first).mean() and 0 <= asked["pointwise"] <= 1
     weights = (out / "iter1" / "student" / "model.safetensors").read_bytes()
 
     for part in ("iter1/student", "iter1/index"):  # as if it had been stopped before the end of training

@@ -2,12 +2,16 @@
 
     python results/experiments/compare.py NAME=RUN[/iterN][,RUN...] ... [--metric nDCG@10] --out FILE.json
     python results/experiments/compare.py FILE.json ... --plot FILE.png
+    python results/experiments/compare.py RUN ... --asked FILE.json
 
 A system is a name and the runs (of run.py, on the same collection and split) that are its seeds; of each the last student
 counts (that of --iters), or that of iterN. A query's value is its mean over the seeds. Written are, for each system, the mean
 over queries; its 95% interval, by 10,000 bootstrap samples of the queries; the seeds' own means; and the difference to the first
 system with the p-value of a paired randomization test (both sides, 10,000 changes of signs). The lines printed are those of the
 README's table.
+
+--asked: of the pairs that iteration 1 asked about, those with one passage that answers by the training labels (whether the run
+read them or not): the shares that each teacher puts in the right order. sure: the mean of |p - 1/2| over all pairs.
 """
 import argparse
 import json
@@ -26,18 +30,43 @@ from run import Config, Run, read
 SAMPLES = 10_000
 
 
+def settings_of(home: Path) -> dict:
+    if not (home / "config.json").exists():
+        raise ValueError(f"{home} is not a run: it has no config.json")
+    return read(home / "config.json")
+
+
+def opened(home: Path) -> Run:
+    settings = settings_of(home)
+    preset = settings.pop("preset")
+    return Run(Config(**{**settings, "out": str(home)}), preset, None, Ranks(), dry=True)
+
+
+def asked(home: Path) -> dict:
+    """How often the teachers are right about the pairs of iteration 1, by qrels/train.tsv."""
+    run, path = opened(home), home / "iter1" / "pairs.npz"
+    if not path.exists():
+        raise ValueError(f"{home} has no iter1/pairs.npz: no pair was asked about")
+    f, labels = read(path), run.data.qrels["train"]
+    r, n = np.nonzero(f["pairs"][..., 0] >= 0)
+    i, j = f["pairs"][r, n].T
+    answers = np.array([[labels.get(run.train_ids[q], {}).get(run.data.passage_ids[p], 0) > 0 for p in row]
+                        for q, row in zip(f["queries"], f["passages"])])
+    one, first, p = answers[r, i] != answers[r, j], answers[r, i], f["pair_probs"][r, n]
+    right = lambda prefers: float((prefers == first)[one].mean()) if one.any() else None
+    return {"run": home.name, "on": Path(run.config.data).name, "seed": run.config.seed, "pairs": len(p), "with one": int(one.sum()),
+            "pointwise": right(f["teacher"][r, i] > f["teacher"][r, j]), "pairwise": right(p > .5),
+            "sure": float(np.abs(p - .5).mean())}
+
+
 def per_query(folder: Path, metric: str) -> tuple[str, dict[str, float]]:
     """-> the collection and split, {query: value} of one student; a query without results has 0."""
     home = folder.parent if re.fullmatch(r"iter\d+", folder.name) else folder
-    if not (home / "config.json").exists():
-        raise ValueError(f"{home} is not a run: it has no config.json")
-    settings = json.loads((home / "config.json").read_text())
     if folder == home:
-        folder = home / f"iter{settings['iters']}"
+        folder = home / f"iter{settings_of(home)['iters']}"
     if not (folder / "evaluated.npz").exists():
         raise ValueError(f"{folder} has no evaluated.npz: let the run end, or give an iterN of it that was evaluated")
-    preset = settings.pop("preset")
-    run = Run(Config(**{**settings, "out": str(home)}), preset, None, Ranks(), dry=True)
+    run = opened(home)
     file, ids = read(folder / "evaluated.npz"), run.data.passage_ids
     found = {q: {ids[p]: float(s) for p, s in zip(row, scores) if p >= 0}
              for q, row, scores in zip(run.eval_ids, file["positions"], file["scores"])}
@@ -117,10 +146,16 @@ def main() -> int:
     parser.add_argument("--metric", default="nDCG@10")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--asked", type=Path)
     args = parser.parse_args()
-    if (args.out is None) == (args.plot is None):
-        parser.error("either --out, with NAME=RUN..., or --plot, with FILE.json..., is needed")
+    if sum(path is not None for path in (args.out, args.plot, args.asked)) != 1:
+        parser.error("one of --out, with NAME=RUN..., --plot, with FILE.json..., and --asked, with RUN..., is needed")
     try:
+        if args.asked:
+            rows = [asked(Path(run)) for run in args.systems]
+            print(*rows, sep="\n")
+            args.asked.write_text(json.dumps(rows, indent=1))
+            return 0
         if args.plot:
             plot([Path(name) for name in args.systems], args.plot)
             return 0
