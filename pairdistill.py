@@ -539,7 +539,8 @@ class Memory:
 
 
 BFLOAT16_PEAK = {"H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70, "A10": 125,
-                 "A30": 165, "A40": 150, "A6000": 155, "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "4090": 165, "3090": 71}  # dense TFLOP/s, from data sheets
+                 "A30": 165, "A40": 150, "A6000": 155, "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "4090": 165,
+                 "3090": 71}  # dense TFLOP/s, from data sheets
 
 
 def peak_flops(device: torch.device) -> float:

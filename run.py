@@ -566,7 +566,8 @@ def iteration_zero(run: Run, folder: Path) -> None:
     """The student before the first iteration: loaded, or built from random weights, and where it cannot retrieve yet
     trained by L_CL alone."""
     c = run.config
-    student = load_student(run, scratch(run, "student") if c.student == "scratch" else c.student, "colbert" if c.start else c.architecture)
+    student = load_student(run, scratch(run, "student") if c.student == "scratch" else c.student,
+                           "colbert" if c.start else c.architecture)
     if c.base_steps:
         history = contrast(run, student, c.base_steps, c.base_lr, c.temperature, "  iteration 0", folder / "checkpoint")
         log_losses(run, 0, history)
@@ -1050,8 +1051,8 @@ def picture(run: Run, rows: list[dict]) -> None:
 
 def main(argv: list[str]) -> int:
     preset, config, restart, dry = parse(argv)
-    stopped = (f"\nstopped; the same command{', without --restart-from once a stage was named above,' * bool(restart)} goes on from the last finished stage in "
-               f"{config.out}")
+    stopped = (f"\nstopped; the same command{', without --restart-from once a stage was named above,' * bool(restart)} goes on from "
+               f"the last finished stage in {config.out}")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's --max-restarts: what was redone is kept
         restart = None
     import ranks
@@ -1093,8 +1094,8 @@ def main(argv: list[str]) -> int:
         return 130 if isinstance(e, KeyboardInterrupt) else e.code
     except Exception as e:
         if "No space left" in str(e) or "requested and" in str(e):  # numpy says so; of the score cache, teachers.Cache says it
-            print(f"error: the disk that holds {config.out}, or the texts made of --data, is full; what is finished is kept: make room, and the same command "
-                  f"goes on", file=sys.stderr, flush=True)
+            print(f"error: the disk that holds {config.out}, or the texts made of --data, is full; what is finished is kept: make room, "
+                  f"and the same command goes on", file=sys.stderr, flush=True)
             return 2
         alone = ranks.LAUNCHED not in os.environ  # else the parent says what ended first, and how to go on
         if not ranks.is_lost(e):
