@@ -29,7 +29,8 @@ query alone has too few to gain by a shared decoding: it adds up its products wi
 OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 sqrt(T) of them for that. Decoded tokens
 rank better, so that half as many suffice.
 
-A single-vector student (DPR) is the case of one token a passage, not normalised. Any number of ranks builds the same
+A single-vector student (DPR) is the case of one token a passage, not normalised. No other token makes up for the error of its
+code, so that the vector is stored beside it, in 16 bits a dimension: codes only find the candidates. Any number of ranks builds the same
 files, in a folder that they share: passages are encoded in blocks that do not depend on the ranks. A build writes
 beside its target and renames, so that one that is killed leaves nothing that opens.
 
@@ -61,7 +62,7 @@ from data import load_collection, read_queries, sample_digest
 from maxsim_kernel import maxsim, maxsim_paired
 from ranks import half, has_bfloat16
 
-FORMAT = 4
+FORMAT = 5
 BLOCK = 1024  # passages that are encoded and written together
 CODED = 4  # dimensions in a byte of code; four float32s are also 16 bytes, which move as one element when decoding
 REFINEMENTS = 8
@@ -73,7 +74,7 @@ DECODED = 1 << 13  # tokens decoded at a time: 4 MB at 128 dimensions, which sta
 MEASURED, DEPTH = 32, 100  # queries that a new index is measured by, and how many passages of each
 DTYPES = {"codes": np.uint8, "lists": np.uint16, "list_starts": np.int64, "offsets": np.int64,
           "centroids": np.int8, "refinements": np.int8, "steps": np.float32,  # of these two tables' grids
-          "codewords": np.float16}  # one raw file each; the manifest has their shapes
+          "codewords": np.float16, "vectors": np.float16}  # one raw file each; the manifest has their shapes
 
 
 class Index:
@@ -81,7 +82,7 @@ class Index:
 
     codes [T, M + S] and lists [T] code the tokens in corpus order, offsets [N + 1] cuts them into passages; list_starts
     [K + 1] cuts `order` into lists; centroids [K, E], refinements [S, 256, E],
-    codewords [M, 256, 4].
+    codewords [M, 256, 4]; vectors [T, E], if a passage has one, else [0, E].
     """
 
     def __init__(self, folder: Path, manifest: dict, arrays: dict[str, Tensor]):
@@ -217,7 +218,8 @@ class Index:
             if size != expected:
                 raise ValueError(f"{folder} is a damaged index: {name} has {size} bytes, expected {expected}; "
                                  "remove it and build it again")
-            array = np.memmap(path, dtype, "c", shape=shape)  # copy-on-write, because torch wants to be able to write
+            # Copy-on-write, because torch wants to be able to write; an empty file cannot be mapped.
+            array = np.memmap(path, dtype, "c", shape=shape) if expected else np.empty(shape, dtype)
             # torch cannot index with uint16, nor compute: the same bits as int16, and a mask where they are read.
             tensor = torch.from_numpy(array.view(np.int16) if dtype == np.uint16 else array).to(device)
             arrays[name] = tensor
@@ -406,6 +408,8 @@ class Index:
 
     def _decode(self, token_T: Tensor) -> Tensor:
         """Token numbers -> embeddings [T, E]."""
+        if len(self.vectors):
+            return self.vectors.index_select(0, token_T).float()
         code_TM, refinement_TS = self.codes.index_select(0, token_T).split([len(self.codewords), len(self.refinements)], 1)
         rest_TM = self.codeword_elements.index_select(0, (code_TM + self.first_codeword_M).flatten())
         d_TE = rest_TM.view(torch.float32).view(len(token_T), -1)
@@ -668,7 +672,8 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
     """Encodes and codes this rank's blocks of passages, into files of its own; keeps the best of them for `asked`."""
     E, n_blocks, sample_bounds = d_sample.shape[1], -(-len(passages) // BLOCK), _bounds(sample_lengths)
     coder = _Coder(folder, E, student.device)
-    files = [open(folder / f"{name}.{rank}", "wb") for name in ("codes", "lists", "lengths")]
+    files = [open(folder / f"{name}.{rank}", "wb") for name in ("codes", "lists", "lengths", "vectors")]
+    single = bool((sample_lengths == 1).all())
     bar = tqdm(total=len(passages) // world, desc="  index", unit=" passages", disable=rank > 0, leave=False,
                mininterval=1.0)
     best = _Best(asked[0].float(), asked[1], DEPTH) if asked else None
@@ -677,7 +682,7 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
         first, last = np.searchsorted(sample, (numbers[0], numbers[-1] + 1))
         d, lengths = _fill_in(student, passages, numbers, sample[first:last] - numbers[0],
                               d_sample[sample_bounds[first]:sample_bounds[last]], sample_lengths[first:last])
-        for file, array in zip(files, (*coder(d), lengths.numpy())):
+        for file, array in zip(files, (*coder(d), lengths.numpy(), d[:len(d) * single].half().numpy())):
             file.write(array.tobytes())
         if best:
             best.add(d.to(best.q.device), _bounds(lengths).to(best.q.device), int(numbers[0]))
@@ -701,7 +706,7 @@ def _fill_in(student, passages: Sequence[str], numbers: np.ndarray, known: np.nd
 
 def _merge(folder: Path, world: int, manifest: dict) -> None:
     """The ranks' files, one after the other, are the corpus; the lists follow from it."""
-    for name in ("codes", "lists", "lengths"):
+    for name in ("codes", "lists", "lengths", "vectors"):
         with open(folder / f"{name}.0", "ab") as whole:
             for rank in range(1, world):
                 with open(folder / f"{name}.{rank}", "rb") as part:
@@ -721,7 +726,8 @@ def _merge(folder: Path, world: int, manifest: dict) -> None:
     manifest["shapes"] = dict(codes=[T, M + REFINEMENTS], lists=[T], list_starts=[K + 1],
                               offsets=[len(lengths) + 1], centroids=[K, M * CODED],
                               refinements=[REFINEMENTS, 256, M * CODED], steps=[1 + REFINEMENTS],
-                              codewords=[M, 256, CODED])
+                              codewords=[M, 256, CODED],
+                              vectors=[os.path.getsize(folder / "vectors") // (2 * M * CODED), M * CODED])
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
