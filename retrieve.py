@@ -30,9 +30,10 @@ OURS: PLAID, ColBERT's engine, ranks candidates by centroids alone and needs 16 
 rank better, so that half as many suffice.
 
 A single-vector student (DPR) is the case of one token a passage, not normalised. No other token makes up for the error of its
-code, so that the vector is stored beside it, in 16 bits a dimension: codes only find the candidates. Any number of ranks builds the same
-files, in a folder that they share: passages are encoded in blocks that do not depend on the ranks. A build writes
-beside its target and renames, so that one that is killed leaves nothing that opens.
+code, so that the vector is stored beside it, in 16 bits a dimension: codes only find the candidates.
+
+Any number of ranks builds the same files, in a folder that they share: passages are encoded in blocks that do not depend on
+the ranks. A build writes beside its target and renames, so that one that is killed leaves nothing that opens.
 
 Dimension key: B queries, N passages, T passage tokens, Q query tokens, E embedding, K centroids, M codewords a token,
 S refinements, C candidates a query, X query tokens of several queries one after the other, without padding.
