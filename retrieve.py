@@ -683,7 +683,8 @@ def _code_share(student, passages: Sequence[str], folder: Path, sample: np.ndarr
         first, last = np.searchsorted(sample, (numbers[0], numbers[-1] + 1))
         d, lengths = _fill_in(student, passages, numbers, sample[first:last] - numbers[0],
                               d_sample[sample_bounds[first]:sample_bounds[last]], sample_lengths[first:last])
-        for file, array in zip(files, (*coder(d), lengths.numpy(), d[:len(d) * single].half().numpy())):
+        vectors = d if single else d[:0]  # ColBERT's are in their codes
+        for file, array in zip(files, (*coder(d), lengths.numpy(), vectors.half().numpy())):
             file.write(array.tobytes())
         if best:
             best.add(d.to(best.q.device), _bounds(lengths).to(best.q.device), int(numbers[0]))

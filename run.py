@@ -291,7 +291,7 @@ def digest_of(path: Path) -> str:
     """Which content this is: of arrays, of a model, or of an index the student whose it is."""
     from pairdistill import digest
     if (path / "manifest.json").exists():
-        return json.loads((path / "manifest.json").read_text())["student"]
+        return read(path / "manifest.json")["student"]
     if path.is_dir():
         return digest(path)
     h = hashlib.blake2b(digest_size=8)
