@@ -11,7 +11,7 @@ system with the p-value of a paired randomization test (both sides, 10,000 chang
 README's table.
 
 --asked: of the pairs that iteration 1 asked about, those with one passage that answers by the training labels (whether the run
-read them or not): the shares that each teacher puts in the right order. sure: the mean of |p - 1/2| over all pairs.
+read them or not): the shares that each teacher puts in the right order. sure: the mean of |p - 1/2| over all pairs; position bias: the mean of p_ij + p_ji - 1, which p is without.
 """
 import argparse
 import json
@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import distinct_scores
 from ranks import Ranks
-from run import Config, Run, read
+from run import Config, Run, pair_summary, read
 
 SAMPLES = 10_000
 
@@ -56,7 +56,7 @@ def asked(home: Path) -> dict:
     right = lambda prefers: float((prefers == first)[one].mean()) if one.any() else None
     return {"run": home.name, "on": Path(run.config.data).name, "seed": run.config.seed, "pairs": len(p), "with one": int(one.sum()),
             "pointwise": right(f["teacher"][r, i] > f["teacher"][r, j]), "pairwise": right(p > .5),
-            "sure": float(np.abs(p - .5).mean())}
+            "sure": float(np.abs(p - .5).mean()), "position bias": pair_summary(path.parent)["position_bias"]}
 
 
 def per_query(folder: Path, metric: str) -> tuple[str, dict[str, float]]:
