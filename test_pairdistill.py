@@ -3272,12 +3272,14 @@ def test_the_readmes_experiments_are_what_results_hold():
     where, readme = HERE / "results" / "experiments", " ".join(readme.split())
     held_out = lambda log: {row["teacher"]: f"{row['held_out']:.1%}" for row in map(json.loads, (where / log).read_text().splitlines())
                             if "held_out" in row}  # the last of each
-    (point,), (full,), (point2,), (full2,), (point3,), (full3,), known, known3 = (
+    (point,), (full,), (point2,), (full2,), (point3,), (full3,), (point4,), (full4,), known, known3 = (
         held_out(log).values() for log in ("point.jsonl", "full.jsonl", "point-2.jsonl", "full-2.jsonl", "point-3.jsonl",
-                                           "full-3.jsonl", "known/log.jsonl", "known/log-3.jsonl"))
+                                           "full-3.jsonl", "point-4.jsonl", "full-4.jsonl", "known/log.jsonl",
+                                           "known/log-3.jsonl"))
     assert f"they put {point} and {full} of held-out pairs in the right order" in readme
     assert f"of the same commands in a later version ({point2} and {full2})" in readme
     assert f"on a processor without bfloat16 ({point3} and {full3}; on SciFact {' and '.join(known3)})" in readme
+    assert f'"by the present index", of the same once more ({point4} and {full4})' in readme
     student, *reranked = (f"{row['nDCG@10']:.3f}" for row in json.loads((where / "known" / "metrics.json").read_text())[1:])
     assert (f"100 steps each ({' and '.join(known)}); they rerank the 20 best of untrained MaxSim at 180 tokens, whose nDCG@10 is "
             f"{student}, to {' and '.join(reranked)}.") in readme
@@ -3317,10 +3319,16 @@ def test_the_readmes_other_figures_are_what_results_hold():
     seeds = [result(f"experiments/{name}.json")["rows"][n]["seeds"] for name, n in (("squad-dpr", 3), ("medquad-seeds", 2))]
     assert ("the same untrained DPR has {:.3f}, {:.3f} and {:.3f} on SQuAD by three seeds, and {:.3f} and {:.3f} on MedQuAD"
             .format(*sum(seeds, []))) in readme
-    med0, med1, sd0, sd1 = result("experiments/known/asked.json")
-    assert (f"{med0['pairwise']:.0%} and {med1['pairwise']:.0%} in order, the pointwise one, whose near neighbours they are, "
-            f"{med0['pointwise']:.0%} and {med1['pointwise']:.0%}") in readme
-    assert (f"{med0['sure']:.2f} and {med1['sure']:.2f} from 1/2 on average (on SciFact {sd0['sure']:.2f})") in readme
+    (a, b), (_, _, scifact, _) = result("experiments/known/asked-4.json"), result("experiments/known/asked.json")
+    assert (f"{a['pairwise']:.0%} and {b['pairwise']:.0%} in order, the pointwise one, whose near neighbours they are, "
+            f"{a['pointwise']:.0%} and {b['pointwise']:.0%}.") in readme
+    assert f"p_ij + p_ji - 1 is {a['position bias']:+.2f} and {b['position bias']:+.2f})" in readme
+    assert (f"{a['sure']:.2f} and {b['sure']:.2f} from 1/2 on average (on SciFact, by the third teachers, "
+            f"{scifact['sure']:.2f})") in readme
+    _, lkd, _ = result("experiments/medquad-whole.json")["rows"]
+    before, after, _ = result("experiments/medquad-lambda.json")["rows"]
+    assert f"in both seeds, it takes {lkd['difference']:.3f} " in readme
+    assert f"(seed 0: {after['nDCG@10']:.3f} against {before['nDCG@10']:.3f}, p .{round(100 * after['p']):02d})" in readme
     rows = [row for name in ("scifact", "squad", "medquad") for row in result(f"retrieval/{name}.json")["rows"]
             if row["engine"] == "index" and row["passages"] > 5000 and row["nDCG@10"]]
     one, many = [row["one_ms"] for row in rows], [row["q/s"] for row in rows]
