@@ -413,7 +413,7 @@ class Index:
             return self.vectors.index_select(0, token_T).float()
         code_TM, refinement_TS = self.codes.index_select(0, token_T).split([len(self.codewords), len(self.refinements)], 1)
         rest_TM = self.codeword_elements.index_select(0, (code_TM + self.first_codeword_M).flatten())
-        d_TE = rest_TM.view(torch.float32).view(len(token_T), -1)
+        d_TE = rest_TM.view(torch.float32).view(len(token_T), self.rows.shape[1])  # also of no token at all
         list_T1 = self.lists.index_select(0, token_T).int()[:, None] & 0xFFFF
         d_TE += F.embedding_bag(torch.cat([list_T1, refinement_TS + self.first_row_S], 1), self.rows, mode="sum")
         if self.manifest["normalised"]:

@@ -4,6 +4,7 @@ Each is named as the claim it checks. Without a GPU the Triton kernels run in Tr
 before they are imported. What needs the data sets beside the project, or a package that is not required, skips and says so.
 """
 import contextlib
+import copy
 import dataclasses
 import gc
 import gzip
@@ -2188,6 +2189,16 @@ def test_any_batch_of_queries_gives_each_query_its_own_result(index, queries, mo
     for b in range(9):
         n = int(q_mask[b].sum())
         torch.testing.assert_close(index.search(q[b:b + 1, :n], 20)[0], scores[b:b + 1])
+
+
+def test_lists_without_a_token_are_searched_too(index, queries, monkeypatch):
+    (q, q_mask), emptied = queries, copy.copy(index)
+    emptied.list_starts = index.list_starts.clone()
+    emptied.list_starts[1::2] = emptied.list_starts[:-1:2]  # every second list; the next one has its tokens
+    monkeypatch.setattr(retrieve, "SMALL", 0)
+    expected, _ = emptied.search(q, 20, q_mask)
+    monkeypatch.setattr(retrieve, "DECODED", 1)  # as where lists are long: each is decoded by itself
+    torch.testing.assert_close(emptied.search(q, 20, q_mask)[0], expected)
 
 
 def test_one_query_finds_without_decoding_what_many_find_with_it(index, queries):
