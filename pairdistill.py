@@ -316,6 +316,7 @@ def automatic_chunk(student: Student) -> int:
     of_passage = 4 * length * c.num_hidden_layers * (10 * c.hidden_size + 3 * wide + plain)
     if student.device.type != "cuda":
         return max(1, int(2e9 / of_passage))
+    torch.cuda.empty_cache()  # what the teachers and the search left in torch's cache is free, but counts as taken
     free = torch.cuda.mem_get_info(student.device)[0] - 3 * 4 * sum(p.numel() for p in student.parameters())
     return max(1, int(free / 2 / of_passage))
 

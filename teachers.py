@@ -156,8 +156,8 @@ class Prompted(nn.Module):
         query, *passages = item
         text = self.template.format(q=query, **{f"d{n}": p for n, p in enumerate(passages)})
         if self.tokenizer.chat_template and not self.model.config.is_encoder_decoder:
-            return self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                      add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
+                                                      enable_thinking=False)  # Qwen3 and others: the answer comes at once
         return text
 
     def sequences(self, items: list[tuple[str, ...]]) -> list[tuple[list[int], None]]:

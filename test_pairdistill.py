@@ -2057,7 +2057,8 @@ def test_a_chat_model_is_asked_by_its_template(tmp_path, encoder, role):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     tokenizer.add_tokens(["yes", "no", "a", "b"])
-    tokenizer.chat_template = "{% for m in messages %}[CLS] {{ m.content }} [SEP]{% endfor %}{% if add_generation_prompt %} the{% endif %}"
+    tokenizer.chat_template = ("{% for m in messages %}[CLS] {{ m.content }} [SEP]{% endfor %}{% if add_generation_prompt %} the{% endif %}"
+                               "{% if enable_thinking is not defined or enable_thinking %} cat{% endif %}")  # thinks, as Qwen3's
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                          num_attention_heads=2, num_key_value_heads=1)).eval()
@@ -2070,7 +2071,7 @@ def test_a_chat_model_is_asked_by_its_template(tmp_path, encoder, role):
     items = items if role == "pairwise" else [item[:2] for item in items]
     for score, (q, *passages) in zip(teacher.logits(items), items):
         content = template.format(q=q, **{f"d{n}": p for n, p in enumerate(passages)})
-        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        text = f"[CLS] {content} [SEP] the"
         with torch.inference_mode():
             logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)).logits[0, -1]
         assert abs(score - float(logits[first] - logits[second])) < 1e-5
