@@ -383,15 +383,17 @@ class Run:
         if not self.train_ids and trained:
             raise ValueError(f"{config.data}: no training queries: qrels/train.tsv is missing or empty, and every query is "
                              f"judged in another split")
-        for name, queries, used in (("batch", min(config.batch, len(self.train_ids)), config.iters),
-                                    ("base_batch", config.base_batch, config.base_steps),
-                                    ("teacher_batch", teacher_queries(config), is_trained(config.pointwise) or is_trained(config.pairwise))):
-            if used and queries < ranks.world:  # a rank without a query would leave the exchange of gradients
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a step has {queries} queries, fewer than the "
-                                 f"{ranks.world} ranks; give more queries, or fewer --gpus")
         labels = train if config.labels else {}
         self.positives = {q: [self.number[p] for p, grade in sorted(labels.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
                           for q in self.train_ids}
+        labelled, teachers = sum(map(bool, self.positives.values())), (config.pointwise, config.pairwise)
+        for name, kind, queries, used in (
+                ("batch", "", min(config.batch, config.train_queries or math.inf, len(self.train_ids)), config.iters),
+                ("base_batch", "labelled ", min(config.base_batch, labelled), config.base_steps or "scratch" in teachers),
+                ("teacher_batch", "labelled ", min(teacher_queries(config), labelled), any(map(is_trained, teachers)))):
+            if used and queries < ranks.world:  # a rank without a query would leave the exchange of gradients
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a step has {queries} {kind}queries for {ranks.world} "
+                                 f"rank{'s' * (ranks.world > 1)}; give more of them, fewer --gpus{', or trained models' * bool(kind)}")
         if ranks.first:
             self._begin(preset, restart, dry)
         ranks.barrier()
@@ -586,12 +588,7 @@ def contrast(run: Run, student, steps: int, lr: float, temperature: float, desc:
     """L_CL alone, against the labelled passages of the other queries in the batch."""
     from pairdistill import train
     qids = [q for q in run.train_ids if run.positives[q]]
-    if not qids:
-        raise ValueError("training from scratch needs labels, and no training query has one: name pretrained models")
     n = len(qids)
-    if n < run.ranks.world:
-        raise ValueError(f"training from scratch needs a labelled query for each of {run.ranks.world} ranks, and there are {n}: give "
-                         f"fewer --gpus, or name pretrained models")
     examples = dict(passages=np.array([[run.positives[q][0]] for q in qids]), teacher=np.zeros((n, 1), np.float32),
                     pairs=np.full((n, 0, 2), -1), pair_probs=np.zeros((n, 0), np.float32), positive=np.zeros(n, np.int64))
     return train(student, run.text(qids), run.data.passages, examples, steps=steps, batch=run.config.base_batch, lr=lr,
@@ -894,12 +891,16 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     from teachers import Cache, known, load_pairwise, load_pointwise
     run = Run(config, preset, restart, ranks)
     compares = bool(config.rerank or config.iters and config.n_pairs)  # else the pairwise teacher is not asked, nor loaded
-    for role in ["pointwise"] * bool(config.iters or config.rerank) + ["pairwise"] * compares:
+    starts = [config.start] * bool(config.start)
+    for role in ["pointwise"] * bool(config.iters or config.rerank) + ["pairwise"] * compares:  # now, not after days of indexing
         if not is_trained(getattr(config, role)):
-            known(getattr(config, role), role)  # now, not after days of indexing
-    if config.start:
-        with loading(config.start):
-            AutoConfig.from_pretrained(config.start, trust_remote_code=False)
+            known(getattr(config, role), role)
+    for role in ("pointwise", "pairwise"):
+        if getattr(config, role).startswith("train:") and not (run.out / "teachers" / role).exists():
+            starts.append(getattr(config, role).removeprefix("train:"))
+    for name in starts:
+        with loading(name):
+            AutoConfig.from_pretrained(name, trust_remote_code=False)
     folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
     for folder in (*folders, run.out / "teachers") if ranks.first else ():
         folder.mkdir(exist_ok=True)

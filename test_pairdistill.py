@@ -2682,10 +2682,14 @@ def test_where_nothing_was_found_no_teacher_ranks_anything(tmp_path):
 def test_a_step_with_fewer_queries_than_ranks_is_refused_before_anything_is_made(tmp_path):
     ranks = types.SimpleNamespace(first=True, world=4, barrier=lambda: None)
     config = run.Config(data=str(random_words_folder(tmp_path / "data")), out=str(tmp_path / "run"), batch=3)
-    with pytest.raises(ValueError, match="--batch 3: a step has 3 queries, fewer than the 4 ranks"):
+    with pytest.raises(ValueError, match="--batch 3: a step has 3 queries for 4 ranks; give more of them"):
         run.Run(config, "msmarco", None, ranks)
-    with pytest.raises(ValueError, match="--teacher-batch 6: a step has 3 queries"):
+    with pytest.raises(ValueError, match="--teacher-batch 6: a step has 3 labelled queries"):
         run.Run(dataclasses.replace(config, batch=4, teacher_batch=6, pointwise="scratch"), "msmarco", None, ranks)
+    with pytest.raises(ValueError, match="--batch 32: a step has 2 queries"):
+        run.Run(dataclasses.replace(config, batch=32, train_queries=2), "msmarco", None, ranks)
+    with pytest.raises(ValueError, match="--base-batch 64: a step has 0 labelled queries"):
+        run.Run(dataclasses.replace(config, batch=32, labels=False, base_steps=5), "msmarco", None, ranks)
     assert not (tmp_path / "run").exists()
 
 
@@ -2943,9 +2947,12 @@ def test_more_gpus_than_there_are_is_refused_with_their_number(capsys, monkeypat
                                          (["--warmup", "20"], "--warmup 20"), (["--out", "/dev/null/run"], "/dev/null is not a folder"),
                                          (["--no-labels", "--lambda-kd", "0", "--lambda-pair", "0"], "no loss is left"),
                                          (["--start", "nowhere"], "cannot load 'nowhere'"),
+                                         (["--pairwise", "train:nowhere"], "cannot load 'nowhere'"),
+                                         (["--no-labels", "--base-steps", "0"], "a step has 0 labelled queries for 1 rank"),
                                          (["--split", "train"], "--split train: 60 of its queries, such as 'q10', would be trained on"),
                                          (["--queries", "nowhere"], "nowhere"), (["--split", "dev"], "--split dev")])
-def test_a_flag_out_of_range_is_refused_by_name(tmp_path, capsys, flags, says):
+def test_a_flag_out_of_range_is_refused_by_name(tmp_path, capsys, monkeypatch, flags, says):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert says in refused(capsys, "--data", str(random_words_folder(tmp_path / "data")), "--out", str(tmp_path / "run"), *TINY, *flags)
 
 
