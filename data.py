@@ -10,7 +10,7 @@
 components, inserting '/' as needed"), its qualified name and the rest of it the one relevant passage. Sources are
 parsed with `ast`; nothing is imported, so it takes seconds and needs neither a GPU nor the network.
 
-A corpus is converted once, into a file of texts that is memory-mapped: 8.8 million passages open in a second and take no
+A corpus is converted once, into a file of texts that is memory-mapped: 8.8 million passages open in seconds and take no
 process more than some hundred megabytes. `corpus.texts` beside the corpus (or in ~/.cache/pairdistill) may be deleted.
 
 Two decisions are not obvious. Ties are broken here, before ir_measures sees a run: trec_eval compares scores in
@@ -373,7 +373,7 @@ def load_beir(folder: Path) -> Collection:
         raise DataError(f'{folder}: no such folder; data is "docs", "ir_datasets:NAME" or the path of a BEIR folder.')
     path = _jsonl(folder, "corpus")
     cache = _cache(folder.resolve() / "corpus", path.name, path.stat().st_size, path.stat().st_mtime_ns)
-    ids, passages = _on_disk(cache, lambda: _records(path))
+    ids, passages = _on_disk(cache, lambda: ((where, key, _text(where, key, record)) for where, key, record in _objects(path)))
     queries, answers = read_queries(_jsonl(folder, "queries"))
     if any((folder / f"answers.jsonl{gz}").is_file() for gz in ("", ".gz")):
         for where, key, record in _objects(_jsonl(folder, "answers")):
@@ -448,11 +448,6 @@ def _objects(path: Path) -> Iterator[tuple[str, str, dict]]:
         yield where, str(key), record
     if where is None:
         raise DataError(f"{path}: is empty; write one JSON object a line.")
-
-
-def _records(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields ("PATH, line 7", _id, title + " " + text)."""
-    return ((where, key, _text(where, key, record)) for where, key, record in _objects(path))
 
 
 def _text(where: str, key: str, record: dict) -> str:

@@ -381,7 +381,8 @@ def fit(model: nn.Module, batch_terms, steps: int, *, lr: float, warmup: int, ra
     batch_terms(prepare(step)) -> float [n]: the terms of this rank's share of the global batch, the total loss first.
     Their sum over ranks is the batch's loss, so the sum of the ranks' gradients is its gradient. prepare runs a step ahead,
     in another thread. batch_of(step) -> what that batch held, which is written beside the checkpoint if its loss is not
-    finite; then ValueError is raised. On SIGTERM rank 0 writes a checkpoint after the step in hand, and all exit with 143.
+    finite; then ValueError is raised. On SIGTERM, after the step in hand, rank 0 writes a checkpoint where there is a
+    checkpoint_folder, and all exit with 143.
     note(steps=..., tokens_per_second=..., share_of_peak=...) is called with every checkpoint and at the end.
     # OURS: weight decay is explicit: 0, as the authors' transformers.AdamW had it; torch's default is 0.01.
     """

@@ -43,7 +43,8 @@ def option(default, help: str, paper: str = "") -> object:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings, once. Groups in --help begin at the fields named in GROUPS. The defaults are the paper's."""
+    """All settings, once. Groups in --help begin at the fields named in GROUPS. The defaults are the paper's; where
+    they are not, --help says both."""
     data: str = option("ir_datasets:msmarco-passage", "docs, a BEIR folder, or ir_datasets:NAME", "MS MARCO")
     out: str = option("", "the run's folder; empty: runs/PRESET")
     iters: int = option(2, "iterations", "2")
@@ -92,7 +93,7 @@ class Config:
                            "authors' code: teacher")  # OURS
     negatives: int = option(0, "queries of a step that have one another's passages as L_CL's negatives; 0: all", "authors' code: 4")
     passage_chunk: int = option(0, "passages whose activations are held at once in training; 0: what fits into half of the "
-                                "GPU's free memory, or into 2 GB of a CPU's, halved once if it runs out")
+                                "GPU's free memory, halved once if it runs out, or into 2 GB of a CPU's")
     lr: float = option(1e-5, "learning rate of AdamW, with linear warm-up and decay", "1e-5")
     warmup: int = option(3000, "warm-up steps", "authors' code: 3,000")
     temperature: float = option(1.0, "divides the student's scores in every loss", "authors' code: 1.0; on FiQA 5.0, not in L_CL")
@@ -345,9 +346,8 @@ class Run:
         self.started = time.time()
         copy = self.out / "collection"
         source = lambda: str(copy) if config.data == "docs" and copy.exists() else config.data
-        if ranks.first:
-            if config.data == "docs" and not copy.exists() and not dry:
-                save_collection(load_collection("docs"), copy)  # parsed once, for all ranks and for retrieve.py
+        if ranks.first and config.data == "docs" and not copy.exists() and not dry:
+            save_collection(load_collection("docs"), copy)  # parsed once, for all ranks and for retrieve.py
         data = load_collection(source()) if ranks.first else None  # converted once, for all ranks
         ranks.barrier()
         self.data = data or load_collection(source())

@@ -237,22 +237,21 @@ def known(spec: str, role: str) -> tuple:
         config, tokenizer = (auto.from_pretrained(spec, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer))
     kind = (config.architectures or [""])[0]
     if "SequenceClassification" in kind:
-        auto, trained_for = AutoModelForSequenceClassification, getattr(config, "teacher_role", "pointwise")
+        trained_for = getattr(config, "teacher_role", "pointwise")
         if given:
             raise ValueError(f"{given}:{spec} is a classifier, not a language model: give it without {given}:")
         if config.num_labels != 1:
             raise ValueError(f"{spec}: a {role} teacher is a classifier with one output, this one has {config.num_labels}")
         if trained_for != role:
             raise ValueError(f'{spec} is a {trained_for} classifier, not a {role} one ("teacher_role" in its config.json)')
-    elif config.is_encoder_decoder:
+        return spec, AutoModelForSequenceClassification, tokenizer, ""
+    if config.is_encoder_decoder:
         auto = AutoModelForSeq2SeqLM
     elif any(head in kind for head in ("CausalLM", "ConditionalGeneration", "LMHead")):
         auto = AutoModelForCausalLM
     else:
         raise ValueError(f"{spec}: a {kind or config.model_type} has no head that scores text, so it is no {role} teacher; "
                          f"train:{spec} makes one of it")
-    if auto is AutoModelForSequenceClassification:
-        return spec, auto, tokenizer, ""
     path = Path(spec.lower())  # in the Hub's cache models--castorini--duot5-3b-msmarco/snapshots/b99e
     name = path.parent.parent.name if path.parent.name == "snapshots" else path.name
     if "duot5" in name and role == "pointwise" or "monot5" in name and role == "pairwise":
