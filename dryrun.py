@@ -6,8 +6,8 @@ time is taken as the line through its two small sizes, at its real size: a part 
 part for each passage, query, question or step.
 
 Searching is no line in the passages, and its speed is what the small index says of itself: up to some half a million tokens
-all passages are compared, and from there on its time grows with about the power .6 of the collection, as results/retrieval
-measured it from 15,774 to 100,000 passages. Not counted are reading the collection and BM25's index of it.
+all passages are compared, and from there on its time grows with about the power .66 of the collection, as results/retrieval
+measured it from 10,000 to 100,000 passages. Not counted are reading the collection and BM25's index of it.
 """
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds, sizes, measured = zip(*(small_run(run, Path(folder, f"part{f}"), f) for f in SIZES))
         tokens, small = measured[1]["tokens"], Path(folder, f"part{SIZES[1]}", "run")
-        compared = lambda passages: (min(passages * tokens, ALL_COMPARED) * max(passages * tokens / ALL_COMPARED, 1) ** .6)
+        compared = lambda passages: (min(passages * tokens, ALL_COMPARED) * max(passages * tokens / ALL_COMPARED, 1) ** .66)
         total = disk = arrays = 0
         for stage in stages:
             name, (writes, reads, _) = stage.split("/")[1], row_of(stage)

@@ -352,7 +352,8 @@ class Index:
         lists, n_visits = visited_V.unique_consecutive(return_counts=True)
         lengths = self.list_starts[lists + 1] - self.list_starts[lists]
         token_bounds, visit_bounds = _bounds(lengths), _bounds(n_visits)
-        for first, last in _runs(token_bounds, DECODED):
+        size = 64 * DECODED if visited_V.is_cuda else DECODED  # a GPU prefers few launches
+        for first, last in _runs(token_bounds, size):
             tokens, visits = ((x[first:last + 1] - x[first]).tolist() for x in (token_bounds, visit_bounds))
             yield (self.order[_ragged(self.list_starts[lists[first:last]], lengths[first:last])],
                    slice(visit_bounds[first], visit_bounds[last]), list(zip(tokens, tokens[1:], visits, visits[1:])))

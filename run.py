@@ -153,10 +153,12 @@ ROWS = {  # of the paper's tables
     "1: BEIR, a folder": f"{_EVALUATE} my/bioasq --out runs/bioasq",
     "1: LoTTE, search": f"{_EVALUATE} ir_datasets:lotte/pooled/test/search --out runs/lotte-search",
     "1: LoTTE, forum": f"{_EVALUATE} ir_datasets:lotte/pooled/test/forum --out runs/lotte-forum",
-    "1, 2: ColBERTv2, as above": "--preset evaluate --data ir_datasets:beir/nfcorpus --out runs/colbertv2-nfcorpus",
-    "2: NQ": f"{_EVALUATE} ir_datasets:dpr-w100/natural-questions/dev --split dev --passage-length 180 --out runs/nq",
-    "2: TriviaQA": f"{_EVALUATE} ir_datasets:dpr-w100/trivia-qa/dev --split dev --passage-length 180 --out runs/triviaqa",
-    "2: SQuAD, a folder with answers": f"{_EVALUATE} my/squad --split dev --passage-length 180 --out runs/squad",
+    "1: ColBERTv2, as above": "--preset evaluate --data ir_datasets:beir/nfcorpus --out runs/colbertv2-nfcorpus",
+    "2: NQ": f"{_EVALUATE} ir_datasets:dpr-w100/natural-questions/dev --split dev --passage-length 180 --no-bm25 --out runs/nq",
+    "2: TriviaQA": f"{_EVALUATE} ir_datasets:dpr-w100/trivia-qa/dev --split dev --passage-length 180 --no-bm25 --out runs/triviaqa",
+    "2: SQuAD, a folder with answers": f"{_EVALUATE} my/squad --split dev --passage-length 180 --no-bm25 --out runs/squad",
+    "2: ColBERTv2, such as NQ": "--preset evaluate --data ir_datasets:dpr-w100/natural-questions/dev --split dev --passage-length 180 --no-bm25 "
+                                "--out runs/colbertv2-nq",
     "3: without L_pair": "--preset msmarco --lambda-pair 0 --n-pairs 0 --out runs/no-pair",
     "3: without L_KD": "--preset msmarco --lambda-kd 0 --out runs/no-kd",
     "3: without the heuristic": "--preset msmarco --delta 0 --out runs/any-pair",
@@ -573,6 +575,9 @@ def iteration_zero(run: Run, folder: Path) -> None:
     if c.base_steps:
         history = contrast(run, student, c.base_steps, c.base_lr, c.temperature, "  iteration 0", folder / "checkpoint")
         log_losses(run, 0, history)
+    elif student.drawn:
+        run.ranks.say(f"  {c.student} has no projection to {student.dim} dimensions: it gets one of random numbers; --base-steps trains it, "
+                      f"--dim 0 does without")
     save_student(run, student, folder)
 
 

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(HERE))
 from dryrun import ALL_COMPARED, amounts
 from run import Config
 
 PASSAGES, QUERIES, LABELLED, JUDGED = 8_800_000, 808_000, 502_000, 6_980
 TOKENS = 6.0e8  # of all passages: ColBERT's count
-POWER = -0.59  # of the tokens, in searches a second: on a CPU, results/retrieval/prediction.json
+POWER, = (-row["power"] for row in json.loads((HERE / "results" / "retrieval" / "prediction.json").read_text())
+          if row["unit"] == "hours" and "queries" in row["cost"])  # of the tokens, in searches a second: on a CPU
 
 # What --predict assumes.
 PEAK = 989e12  # operations a second in bfloat16, of an H100 or H200 by its data sheet
@@ -31,20 +33,21 @@ T5_3B = 24 * (4 * 1024 * 4096 + 2 * 1024 * 16384) + 24 * 2 * 1024 * 4096  # the 
 PASSAGE, POINTWISE, PAIRWISE = 80, 86, 169  # tokens of a passage and of each kind of question, special ones included
 USED = {"encode": 0.3, "train": 0.3, "pointwise": 0.15, "pairwise": 0.3}  # shares of PEAK
 HOST = 5_000  # questions a second that a process tokenizes and batches: 205 us each on two CPU cores, with MiniLM's tokenizer
-VISITS, LAUNCHES, LAUNCH = 65_536, 6, 10e-6  # lists that 512 queries visit together, kernels for each, and their seconds
+AT_ONCE, VISITS = 256, 65_536  # queries searched together: 2^29 / (65,536 centroids x 32 tokens); the lists that they visit
+LAUNCHES, LAUNCH = 12, 10e-6  # kernels for each list (retrieve.py, _find: counted), and the seconds of one
 CODED = 60_000  # tokens a second: what two CPU cores reached (results/retrieval); more cores have not been measured
 
 
 def predicted() -> tuple[dict, dict]:
     """{stage: rate}, {stage: what it rests on}"""
     rate = {"encode": USED["encode"] * PEAK / (2 * BERT_BASE * PASSAGE), "code": CODED,
-            "retrieve": 512 / (VISITS * LAUNCHES * LAUNCH),
+            "retrieve": AT_ONCE / (VISITS * LAUNCHES * LAUNCH),
             "pointwise": min(USED["pointwise"] * PEAK / (2 * MINILM * POINTWISE), HOST),
             "pairwise": USED["pairwise"] * PEAK / (2 * T5_3B * PAIRWISE), "train": USED["train"] * PEAK / (6 * BERT_BASE)}
     of_peak = lambda name, weights: f"{USED[name]:.0%} of {PEAK / 1e12:.0f} TFLOP/s, {weights / 1e6:,.0f} million weights a token"
     how = {"encode": f"{of_peak('encode', BERT_BASE)}, {PASSAGE} tokens a passage",
            "code": f"{CODED:,} tokens/s, as on two CPU cores",
-           "retrieve": f"512 queries visit {VISITS:,} lists, {LAUNCHES} launches of {LAUNCH * 1e6:.0f} us for each",
+           "retrieve": f"{AT_ONCE} queries visit {VISITS:,} lists, {LAUNCHES} launches of {LAUNCH * 1e6:.0f} us for each",
            "pointwise": f"the process that tokenizes: {HOST:,} questions/s; the GPU at {of_peak('pointwise', MINILM)} could do more",
            "pairwise": f"{of_peak('pairwise', T5_3B)}, {PAIRWISE} tokens a question",
            "train": f"{of_peak('train', BERT_BASE)}, three products of matrices each, recomputation aside"}
@@ -96,6 +99,14 @@ def cost(rate: dict, how: dict, config: Config = Config()) -> list[dict]:
     return rows
 
 
+def line(row: dict) -> str:
+    """A row of the README's table."""
+    cell = lambda x: "" if x is None else f"{x:,.1f}"
+    amount = f"{row['an iteration']:,.0f} {row['unit']}" if "unit" in row else ""
+    numbers = " | ".join(cell(row.get(key)) for key in ("a second", "hours, 2 iterations", "hours, 3 iterations"))
+    return f"| {row['stage']} | {amount} | {numbers} | {row['how']} |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measured", nargs="?", type=Path, help="what results/h200/throughput.py wrote")
@@ -116,15 +127,11 @@ def main() -> int:
         rate, how = measured(said)
     rows = cost(rate, how)
     print(f"the paper's run, {what}")
-    table = "{:<10}{:>16}{:<11}{:>13}{:>12}{:>12}  {}".format
-    print(table("stage", "an iteration", "", "a second", "2 iter., h", "3 iter., h", "how"))
-    hours = lambda key: [r[key] for r in rows if r[key] is not None]
-    cell = lambda x: f"{x:,.1f}" if x is not None else "-"
-    totals = {key: sum(hours(key)) for key in ("hours, 2 iterations", "hours, 3 iterations")}
-    for r in rows:
-        print(table(r["stage"], f"{r['an iteration']:,.0f}", " " + r["unit"], cell(r["a second"]), *(cell(r[k]) for k in totals), r["how"]))
-    missing = [r["stage"] for r in rows if r["a second"] is None]
-    print(table("GPU-hours", "", "", "", *(cell(t) for t in totals.values()), f"without {', '.join(missing)}" if missing else ""))
+    totals = {key: sum(row[key] for row in rows if row[key] is not None) for key in ("hours, 2 iterations", "hours, 3 iterations")}
+    missing = [row["stage"] for row in rows if row["a second"] is None]
+    print("| stage | an iteration | a second | 2 iterations, h | 3 iterations, h | by |\n|---|---|---|---|---|---|")
+    print(*map(line, rows), sep="\n")
+    print(line({"stage": "in all", **totals, "how": f"without {', '.join(missing)}" if missing else ""}))
     if args.out:
         args.out.write_text(json.dumps({"what": what, **totals, "not measured": missing, "rows": rows}, indent=1))
     return 0
