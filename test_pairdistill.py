@@ -2771,10 +2771,12 @@ FLAN = dict(pointwise="google/flan-t5-xl", pairwise="google/flan-t5-xl", labels=
     "1: BEIR, a folder": dict(BEST, data="my/bioasq", out="runs/bioasq"),
     "1: LoTTE, search": dict(BEST, data="ir_datasets:lotte/pooled/test/search", out="runs/lotte-search"),
     "1: LoTTE, forum": dict(BEST, data="ir_datasets:lotte/pooled/test/forum", out="runs/lotte-forum"),
-    "1, 2: ColBERTv2, as above": dict(iters=0, rerank=0, passage_length=300, data="ir_datasets:beir/nfcorpus", out="runs/colbertv2-nfcorpus"),
-    "2: NQ": dict(BEST, data="ir_datasets:dpr-w100/natural-questions/dev", split="dev", passage_length=180, out="runs/nq"),
-    "2: TriviaQA": dict(BEST, data="ir_datasets:dpr-w100/trivia-qa/dev", split="dev", passage_length=180, out="runs/triviaqa"),
-    "2: SQuAD, a folder with answers": dict(BEST, data="my/squad", split="dev", passage_length=180, out="runs/squad"),
+    "1: ColBERTv2, as above": dict(iters=0, rerank=0, passage_length=300, data="ir_datasets:beir/nfcorpus", out="runs/colbertv2-nfcorpus"),
+    "2: NQ": dict(BEST, data="ir_datasets:dpr-w100/natural-questions/dev", split="dev", passage_length=180, bm25=False, out="runs/nq"),
+    "2: TriviaQA": dict(BEST, data="ir_datasets:dpr-w100/trivia-qa/dev", split="dev", passage_length=180, bm25=False, out="runs/triviaqa"),
+    "2: SQuAD, a folder with answers": dict(BEST, data="my/squad", split="dev", passage_length=180, bm25=False, out="runs/squad"),
+    "2: ColBERTv2, such as NQ": dict(iters=0, rerank=0, passage_length=180, data="ir_datasets:dpr-w100/natural-questions/dev", split="dev", bm25=False,
+                                     out="runs/colbertv2-nq"),
     "3: without L_pair": dict(DEV, lambda_pair=0, n_pairs=0, out="runs/no-pair"),
     "3: without L_KD": dict(DEV, lambda_kd=0, out="runs/no-kd"),
     "3: without the heuristic": dict(DEV, delta=0, out="runs/any-pair"),
@@ -3281,41 +3283,36 @@ def test_the_readmes_prediction_follows_from_the_indexes_measured():
 
 
 def test_the_readmes_experiments_are_what_results_hold():
-    compare, readme = load_script("experiments/compare.py"), (HERE / "README.md").read_text()
-    files = sorted((HERE / "results" / "experiments").glob("*.json"))
-    assert files
-    for file in files:
-        said = json.loads(file.read_text())
-        for row in said["rows"]:
-            assert compare.line(row, said["metric"]) in readme
-    where, readme = HERE / "results" / "experiments", " ".join(readme.split())
+    compare, where = load_script("experiments/compare.py"), HERE / "results" / "experiments"
+    readme = (HERE / "README.md").read_text()
+    for folder, marker in ((where, "<!-- results/experiments/ -->"), (where / "coded", "<!-- results/experiments/coded/ -->")):
+        said = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+        rows = [compare.line(row, one["metric"]) for one in said for row in one["rows"]]
+        _, _, *table = readme.split(marker + "\n")[1].split("\n\n")[0].splitlines()
+        assert rows and sorted(rows) == sorted(table)
     held_out = lambda log: {row["teacher"]: f"{row['held_out']:.1%}" for row in map(json.loads, (where / log).read_text().splitlines())
-                            if "held_out" in row}  # the last of each
-    (point,), (full,), (point2,), (full2,), (point3,), (full3,), (point4,), (full4,), known, known3 = (
-        held_out(log).values() for log in ("point.jsonl", "full.jsonl", "point-2.jsonl", "full-2.jsonl", "point-3.jsonl",
-                                           "full-3.jsonl", "point-4.jsonl", "full-4.jsonl", "known/log.jsonl",
-                                           "known/log-3.jsonl"))
-    assert f"they put {point} and {full} of held-out pairs in the right order" in readme
-    assert f"of the same commands in a later version ({point2} and {full2})" in readme
-    assert f"on a processor without bfloat16 ({point3} and {full3}; on SciFact {' and '.join(known3)})" in readme
-    assert f'"by the present index", of the same once more ({point4} and {full4})' in readme
+                            if "held_out" in row}.values()  # the last of each
+    for number, name in enumerate(("first", "second", "third", "fourth", "fifth"), 1):
+        n, known = f"-{number}" if number > 1 else "", where / "known" / f"log{f'-{number}' if number > 1 else ''}.jsonl"
+        figures = *held_out(f"point{n}.jsonl"), *held_out(f"full{n}.jsonl"), *(held_out(known) if known.exists() else ("", ""))
+        assert f"| {name} | {' | '.join(figures)} |" in readme
     student, *reranked = (f"{row['nDCG@10']:.3f}" for row in json.loads((where / "known" / "metrics.json").read_text())[1:])
-    assert (f"100 steps each ({' and '.join(known)}); they rerank the 20 best of untrained MaxSim at 180 tokens, whose nDCG@10 is "
-            f"{student}, to {' and '.join(reranked)}.") in readme
+    assert (f"teachers rerank the 20 best of untrained MaxSim at 180 tokens, whose nDCG@10 is {student}, to "
+            f"{' and '.join(reranked)}.") in " ".join(readme.split())
 
 
 def test_the_readmes_other_figures_are_what_results_hold():
     readme = " ".join((HERE / "README.md").read_text().split())
     result = lambda name: json.loads((HERE / "results" / name).read_text())
     apart = max(max(row["queries"], row["passages"]) for row in result("interop/check.json")["rows"])
-    assert f"more than {math.ceil(apart * 1e7) / 10:.1f}e-6 in any number" in readme
+    assert f"On {result('interop/check.json')['texts']} texts" in readme and f"more than {math.ceil(apart * 1e7) / 10:.1f}e-6 in any number" in readme
     scale = result("scale/corpus.json")
-    assert scale["passages"] == 8_800_000
+    assert scale["passages"] == 8_800_000 and f"8.8 million made passages ({scale['corpus_gb']} GB)" in readme
     assert (f"take {scale['first']['opens_s']:.0f} s the first time and {max(r['opens_s'] for r in scale['ranks']):.0f} s after it, "
             f"with four ranks at once, of {max(r['rss'] for r in scale['ranks']) / 1e3:.2f} GB each".replace("0.", ".")) in readme
     for row in result("training/pylate.json")["rows"]:
         share = f"{row['of PyLate' + chr(39) + 's time']:.2f}"
-        assert f"{share.lstrip('0')} of the time of PyLate's" in readme
+        assert f"{share.lstrip('0')} of the time of PyLate's ({row['ours']:.1f} s and {row['PyLate']:.1f} s" in readme
     row, = result("training/compile.json")["rows"]
     share, longer = f"{row['of compiled' + chr(39) + 's time']:.2f}", row["first"]["compiled"] - row["first"]["ours"]
     assert f"{share.lstrip('0')} of the time of a compiled encoder's step, which took {longer:.0f} s longer to begin" in readme
@@ -3330,27 +3327,35 @@ def test_the_readmes_other_figures_are_what_results_hold():
     cost = result("cost/prediction.json")
     pairwise, = (row["hours, 2 iterations"] for row in cost["rows"] if row["stage"] == "pairwise")
     assert (f"{cost['hours, 2 iterations']:.0f} H100-hours for two iterations, {pairwise:.0f} of them duoT5-3B's") in readme
+    assert all(" ".join(load_script("cost/cost.py").line(row).split()) in readme for row in cost["rows"])
     exact, *indexes = [row for row in result("retrieval/scifact-dpr-coded.json")["rows"] if row["engine"] != "index, exact=True"]
     three = lambda form, name: "{}, {} and {}".format(*(form.format(row[name]) for row in indexes))
     assert f"SciFact it has {three('{:.3f}', 'nDCG@10')} by codes, and {exact['nDCG@10']:.3f} uncoded" in readme
     assert f"lost more, {three('{:.3f}', 'recall@100')} of the exact top 100 by three seeds" in readme
     assert {row["recall@100"] for row in result("retrieval/scifact-dpr.json")["rows"]} == {1} and "and finds 1.000" in readme
-    seeds = [result(f"experiments/{name}.json")["rows"][n]["seeds"] for name, n in (("squad-dpr", 3), ("medquad-seeds", 2))]
+    seeds = [result(f"experiments/{name}.json")["rows"][n]["seeds"] for name, n in (("coded/squad-dpr", 3), ("coded/medquad-seeds", 2))]
     assert ("the same untrained DPR has {:.3f}, {:.3f} and {:.3f} on SQuAD by three seeds, and {:.3f} and {:.3f} on MedQuAD"
             .format(*sum(seeds, []))) in readme
-    (a, b), (_, _, scifact, _) = result("experiments/known/asked-4.json"), result("experiments/known/asked.json")
-    assert (f"{a['pairwise']:.0%} and {b['pairwise']:.0%} in order, the pointwise one, whose near neighbours they are, "
-            f"{a['pointwise']:.0%} and {b['pointwise']:.0%}.") in readme
+    squad, (a, b) = (result(f"experiments/known/asked-{n}.json") for n in (5, 4))
+    percent = lambda teacher: "{:.0%}, {:.0%} and {:.0%}".format(*(row[teacher] for row in squad))
+    assert f"the fifth one puts {percent('pairwise')} in order" in readme and f"near neighbours they are, {percent('pointwise')})" in readme
+    assert {f"{row['sure']:.2f}" for row in squad} == {"0.19"} and "and is 0.19 from 1/2 on average" in readme
+    assert (f"{a['pairwise']:.0%} and {b['pairwise']:.0%} in order, the pointwise one {a['pointwise']:.0%} and {b['pointwise']:.0%}.") in readme
     assert f"p_ij + p_ji - 1 is {a['position bias']:+.2f} and {b['position bias']:+.2f})" in readme
-    assert (f"{a['sure']:.2f} and {b['sure']:.2f} from 1/2 on average (on SciFact, by the third teachers, "
-            f"{scifact['sure']:.2f})") in readme
-    _, lkd, _ = result("experiments/medquad-whole.json")["rows"]
+    assert f"{a['sure']:.2f} and {b['sure']:.2f} from 1/2 on average" in readme
+    _, lkd, _ = result("experiments/medquad.json")["rows"]
     before, after, _ = result("experiments/medquad-lambda.json")["rows"]
-    assert f"in both seeds, it takes {lkd['difference']:.3f} " in readme
+    assert f"in both seeds, 3 L_pair takes {lkd['difference']:.3f} " in readme
     assert f"(seed 0: {after['nDCG@10']:.3f} against {before['nDCG@10']:.3f}, p .{round(100 * after['p']):02d})" in readme
     rows = [row for name in ("scifact", "squad", "medquad") for row in result(f"retrieval/{name}.json")["rows"]
             if row["engine"] == "index" and row["passages"] > 5000 and row["nDCG@10"]]
     one, many = [row["one_ms"] for row in rows], [row["q/s"] for row in rows]
+    built = [row for name in ("small", "scifact", "squad", "medquad", "medquad-100k") for row in result(f"retrieval/{name}.json")["rows"]
+             if row["engine"] == "index"]
+    speeds, largest = [round(row["tokens"] / row["build_s"], -3) for row in built], built[-1]
+    assert f"built at {min(speeds):,.0f} to {max(speeds):,.0f} tokens a second" in readme
+    assert f"A token takes {largest['bytes_per_token']:.0f} bytes" in readme
+    assert f"finds {largest['recall@100']:.3f} of the exact top 100 among perturbed copies".replace("0.", ".") in readme
     assert f"in {min(one):.0f} to {max(one):.0f} ms and batches at {min(many):.0f} to {max(many):.0f} queries a second" in readme
 
 
