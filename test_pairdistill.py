@@ -3336,10 +3336,11 @@ def test_the_readmes_other_figures_are_what_results_hold():
     seeds = [result(f"experiments/{name}.json")["rows"][n]["seeds"] for name, n in (("coded/squad-dpr", 3), ("coded/medquad-seeds", 2))]
     assert ("the same untrained DPR has {:.3f}, {:.3f} and {:.3f} on SQuAD by three seeds, and {:.3f} and {:.3f} on MedQuAD"
             .format(*sum(seeds, []))) in readme
-    squad, (a, b) = (result(f"experiments/known/asked-{n}.json") for n in (5, 4))
+    (*squad, scifact), (a, b) = (result(f"experiments/known/asked-{n}.json") for n in (5, 4))
     percent = lambda teacher: "{:.0%}, {:.0%} and {:.0%}".format(*(row[teacher] for row in squad))
-    assert f"the fifth one puts {percent('pairwise')} in order" in readme and f"near neighbours they are, {percent('pointwise')})" in readme
+    assert f"one passage that answers {percent('pairwise')} (the pointwise one, whose near neighbours they are, {percent('pointwise')})" in readme
     assert {f"{row['sure']:.2f}" for row in squad} == {"0.19"} and "and is 0.19 from 1/2 on average" in readme
+    assert f"On SciFact it is as sure ({scifact['sure']:.2f})" in readme
     assert (f"{a['pairwise']:.0%} and {b['pairwise']:.0%} in order, the pointwise one {a['pointwise']:.0%} and {b['pointwise']:.0%}.") in readme
     assert f"p_ij + p_ji - 1 is {a['position bias']:+.2f} and {b['position bias']:+.2f})" in readme
     assert f"{a['sure']:.2f} and {b['sure']:.2f} from 1/2 on average" in readme
