@@ -6,8 +6,8 @@ time is taken as the line through its two small sizes, at its real size: a part 
 part for each passage, query, question or step.
 
 Searching is no line in the passages, and its speed is what the small index says of itself: up to some half a million tokens
-all passages are compared, and from there on its time grows with about the power .66 of the collection, as results/retrieval
-measured it from 10,000 to 100,000 passages. Not counted are reading the collection and BM25's index of it.
+all passages are compared, and from there on its time grows with the power LISTED of the collection, as results/retrieval measured it
+from 10,000 to 100,000 passages. Not counted are reading the collection and BM25's index of it.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from data import Collection, save_collection
 
 ALL_COMPARED = 500_000  # tokens of a collection whose passages are all compared with a query
+LISTED = .66  # a search's time grows with this power of a larger one: on a CPU, results/retrieval/prediction.json
 SIZES = 1, 3  # of the two small runs: far enough apart that the first one's cold caches are little beside the difference
 
 
@@ -103,14 +104,13 @@ def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
     """Prints what `run` would do on so many ranks in these stages, of which row_of gives the files."""
     c, started = run.config, time.time()
     print("settings: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in dataclasses.asdict(c).items() if v not in (None, "")))
-    labelled = sum(map(bool, run.positives.values()))
-    full = amounts(c, len(run.data.passages), len(run.train_ids), labelled, len(run.eval_ids))
-    print(f"{c.data}: {len(run.data.passages):,} passages, {len(run.train_ids):,} training queries ({labelled:,} labelled), "
+    full = amounts(c, len(run.data.passages), len(run.train_ids), run.labelled, len(run.eval_ids))
+    print(f"{c.data}: {len(run.data.passages):,} passages, {len(run.train_ids):,} training queries ({run.labelled:,} labelled), "
           f"{len(run.eval_ids):,} held-out queries\n")
     with tempfile.TemporaryDirectory() as folder:
         seconds, sizes, measured = zip(*(small_run(run, Path(folder, f"part{f}"), f) for f in SIZES))
         tokens, small = measured[1]["tokens"], Path(folder, f"part{SIZES[1]}", "run")
-        compared = lambda passages: (min(passages * tokens, ALL_COMPARED) * max(passages * tokens / ALL_COMPARED, 1) ** .66)
+        compared = lambda passages: (min(passages * tokens, ALL_COMPARED) * max(passages * tokens / ALL_COMPARED, 1) ** LISTED)
         total = disk = arrays = 0
         for stage in stages:
             name, (writes, reads, _) = stage.split("/")[1], row_of(stage)

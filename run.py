@@ -388,11 +388,11 @@ class Run:
         labels = train if config.labels else {}
         self.positives = {q: [self.number[p] for p, grade in sorted(labels.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
                           for q in self.train_ids}
-        labelled, teachers = sum(map(bool, self.positives.values())), (config.pointwise, config.pairwise)
+        self.labelled, teachers = sum(map(bool, self.positives.values())), (config.pointwise, config.pairwise)
         for name, kind, queries, used in (
                 ("batch", "", min(config.batch, config.train_queries or math.inf, len(self.train_ids)), config.iters),
-                ("base_batch", "labelled ", min(config.base_batch, labelled), config.base_steps or "scratch" in teachers),
-                ("teacher_batch", "labelled ", min(teacher_queries(config), labelled), any(map(is_trained, teachers)))):
+                ("base_batch", "labelled ", min(config.base_batch, self.labelled), config.base_steps or "scratch" in teachers),
+                ("teacher_batch", "labelled ", min(teacher_queries(config), self.labelled), any(map(is_trained, teachers)))):
             if used and queries < ranks.world:  # a rank without a query would leave the exchange of gradients
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a step has {queries} {kind}queries for {ranks.world} "
                                  f"rank{'s' * (ranks.world > 1)}; give more of them, fewer --gpus{', or trained models' * bool(kind)}")
@@ -897,20 +897,20 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     run = Run(config, preset, restart, ranks)
     compares = bool(config.rerank or config.iters and config.n_pairs)  # else the pairwise teacher is not asked, nor loaded
     starts = [config.start] * bool(config.start)
-    for role in ["pointwise"] * bool(config.iters or config.rerank) + ["pairwise"] * compares:  # now, not after days of indexing
-        if not is_trained(getattr(config, role)):
-            known(getattr(config, role), role)
-    for role in ("pointwise", "pairwise"):
-        if getattr(config, role).startswith("train:") and not (run.out / "teachers" / role).exists():
-            starts.append(getattr(config, role).removeprefix("train:"))
+    for role, asked in (("pointwise", config.iters or config.rerank), ("pairwise", compares)):  # now, not after days of indexing
+        spec = getattr(config, role)
+        if spec.startswith("train:") and not (run.out / "teachers" / role).exists():
+            starts.append(spec.removeprefix("train:"))
+        elif asked and not is_trained(spec):
+            known(spec, role)
     for name in starts:
         with loading(name):
             AutoConfig.from_pretrained(name, trust_remote_code=False)
     folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
     for folder in (*folders, run.out / "teachers") if ranks.first else ():
         folder.mkdir(exist_ok=True)
-    say, labelled = ranks.say, sum(map(bool, run.positives.values()))
-    say(f"{config.data}: {len(run.data.passages):,} passages, {len(run.train_ids):,} training queries ({labelled:,} labelled), "
+    say = ranks.say
+    say(f"{config.data}: {len(run.data.passages):,} passages, {len(run.train_ids):,} training queries ({run.labelled:,} labelled), "
         f"{len(run.eval_ids):,} held-out queries; {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}; "
         f"{run.out}/config.json has every setting")
 

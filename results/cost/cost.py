@@ -15,15 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(HERE))
-from dryrun import ALL_COMPARED, amounts
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dryrun import ALL_COMPARED, LISTED, amounts
 from run import Config
 
 PASSAGES, QUERIES, LABELLED, JUDGED = 8_800_000, 808_000, 502_000, 6_980
 TOKENS = 6.0e8  # of all passages: ColBERT's count
-POWER, = (-row["power"] for row in json.loads((HERE / "results" / "retrieval" / "prediction.json").read_text())
-          if row["unit"] == "hours" and "queries" in row["cost"])  # of the tokens, in searches a second: on a CPU
 
 # What --predict assumes.
 PEAK = 989e12  # operations a second in bfloat16, of an H100 or H200 by its data sheet
@@ -71,7 +68,7 @@ def measured(said: dict) -> tuple[dict, dict]:
         largest = max(indexes, key=lambda r: r["tokens"])
         rate["code"], how["code"] = largest["build tokens/s"], f"at {largest['tokens']:,} tokens, training the tables included"
         listed = [r for r in indexes if r["tokens"] >= ALL_COMPARED]
-        power, source = POWER, "as it was on a CPU"
+        power, source = -LISTED, "as it was on a CPU"
         if len({r["tokens"] for r in listed}) > 1:
             power, source = np.polyfit(*(np.log([r[k] for r in listed]) for k in ("tokens", "q/s")), 1)[0], "as measured"
         rate["retrieve"] = largest["q/s"] * (TOKENS / largest["tokens"]) ** power
