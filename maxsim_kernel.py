@@ -662,7 +662,6 @@ def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tens
         return torch.zeros_like(q), torch.zeros_like(d)
     dtype, (G, M) = _sum_dtype(q.dtype), (B, N // B) if paired else (1, N)
     token_GMC = (offsets[:-1, None] + winners_NC.long()).clamp_(max=T - 1).view(G, M, C)
-    row_GMC = torch.arange(B * Q, device=q.device).view(G, 1, C).expand(G, M, C)
     weight_GMC = (grad_scores[..., None] if paired else grad_scores.T[None]).to(dtype).repeat_interleave(Q, -1)
     weight_GMC = weight_GMC * (offsets.diff() > 0).view(G, M, 1)
     if q_mask is not None:
@@ -677,7 +676,7 @@ def _blockwise_backward(grad_scores: Tensor, q: Tensor, d: Tensor, offsets: Tens
     if wanted[1]:
         token, order = token_GMC.flatten().sort(stable=True)
         begin_T = torch.searchsorted(token, torch.arange(T, device=d.device))
-        row, weight = row_GMC.flatten()[order], weight_GMC.flatten()[order]
+        row, weight = order // (M * C) * C + order % C, weight_GMC.flatten()[order]
         grad_d = F.embedding_bag(row, q.view(-1, E).to(dtype), begin_T, mode="sum", per_sample_weights=weight).to(d.dtype)
     return grad_q, grad_d
 

@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints import digest, most_tokens  # digest also for those that know it from here
+from checkpoints import most_tokens
 from maxsim_kernel import pairdistill_objective
 from ranks import AfterStep, Ranks, gather_passages, half, has_bfloat16, sum_gradients
 
@@ -81,9 +81,8 @@ class Student(nn.Module):
         if lacking := [m for m in markers if m and self.token_id(m) is None]:
             raise ValueError(f"this tokenizer has no {' and no '.join(lacking)} for ColBERT's markers: pass markers=False")
         ids = set(tokenizer.convert_tokens_to_ids(list(skiplist))) - {None}
-        self.register_buffer("skiplist", torch.tensor(sorted(ids), dtype=torch.int64), False)
         self.skipped = torch.zeros(max(len(tokenizer), encoder.config.vocab_size), dtype=torch.bool)  # [V], on the CPU
-        self.skipped[self.skiplist] = True
+        self.skipped[sorted(ids)] = True
 
     def token_id(self, token: str) -> int | None:
         found = self.tokenizer.convert_tokens_to_ids(token)
@@ -91,7 +90,7 @@ class Student(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.skiplist.device
+        return self.encoder.device
 
     @property
     def dim(self) -> int:
@@ -134,6 +133,8 @@ class Student(nn.Module):
     def _ids(self, texts: list[str], marker: int | None, length: int) -> list[list[int]]:
         """[CLS] marker text [SEP]; the text is cut so that all fits into `length`. (ColBERT puts ". " before the text
         and overwrites it with the marker: the same ids.)"""
+        if isinstance(texts, str):
+            raise ValueError(f"texts are a list, not one str: give [{texts[:40]!r}]")
         cls_, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         head = [cls_] if marker is None else [cls_, marker]
         ids = self.tokenizer(list(texts), add_special_tokens=False, truncation=True,
@@ -196,8 +197,7 @@ class Student(nn.Module):
             kept += list(keep.numpy())
             start = end
         rows_at = np.cumsum([0, *map(len, kept)])
-        places = [np.flatnonzero(keep) + at for keep, at in zip(kept, rows_at)]  # of each passage, in the pieces' order
-        places = [places[n] for n in np.argsort(order, kind="stable")]
+        places = [np.flatnonzero(kept[n]) + rows_at[n] for n in np.argsort(order)]  # of each passage
         offsets = torch.tensor(np.cumsum([0, *map(len, places)]), dtype=torch.int32)
         return pieces, torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64)), offsets
 
@@ -256,7 +256,7 @@ def scratch_encoder(folder: str | Path, texts: list[str], *, vocabulary: int = 1
         types[0] = 0
         if teacher:
             # From 0 for a word of every text to 1 for a word of one: the more frequent a word, the more common its vector.
-            rare_V1 = (1 - texts_V.clamp(min=1).log() / np.log(len(texts)))[:, None]
+            rare_V1 = (1 - texts_V.clamp(min=1).log() / np.log(max(2, len(texts))))[:, None]
             vectors.copy_(rare_V1.sqrt() * vectors + (1 - rare_V1).sqrt() * common)
             # Classifier._match_types' two scales begin as numbers on one line.
             types[MARKS:] = (torch.linspace(-1, 1, LEVELS)[:, None] * direction).repeat(2, 1)
@@ -446,8 +446,9 @@ def _refuse_nan(history: list, checked: int, folder: Path | None, batch_of, rank
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(batch, indent=1))
         held = f", whose queries begin with {batch[0]['query'][:60]!r}; all of them are in {path}"
-    raise ValueError(f"the loss of step {step} or its gradient is {losses[bad[0]].item()}{held}; the same command goes on from "
-                     f"the last checkpoint before it, and a lower learning rate, with --restart-from or in another --out, may mend it")
+    mend = ("the same command goes on from the last checkpoint before it, and a lower learning rate, with --restart-from or in "
+            "another --out, may mend it" if folder else "a lower learning rate may mend it")
+    raise ValueError(f"the loss of step {step} or its gradient is {losses[bad[0]].item()}{held}; {mend}")
 
 
 def _save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list) -> None:
@@ -595,7 +596,8 @@ class Speed:
 
 
 class Batches:
-    """Rows of each global batch, the same on any number of ranks: a new permutation of all rows every epoch."""
+    """Rows of each global batch, the same on any number of ranks: a new permutation of all rows every epoch. A batch that
+    spans the end of one can hold a row twice."""
 
     def __init__(self, n: int, size: int, seed: int):
         self.n, self.size, self.seed, self.epoch = n, min(size, n), seed, -1

@@ -804,7 +804,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _open(args: argparse.Namespace):
     """The student, its index (built where there is none yet) and the collection that the command line names."""
     from transformers.utils import logging  # here, as a library's user may never need it, and it takes seconds
-    from pairdistill import Student, digest
+    from checkpoints import digest
+    from pairdistill import Student
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.folder:

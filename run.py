@@ -292,7 +292,7 @@ def row_of(stage: str) -> list[list[str]]:
 
 def digest_of(path: Path) -> str:
     """Which content this is: of arrays, of a model, or of an index the student whose it is."""
-    from pairdistill import digest
+    from checkpoints import digest
     if (path / "manifest.json").exists():
         return read(path / "manifest.json")["student"]
     if path.is_dir():
@@ -630,7 +630,7 @@ def log_losses(run: Run, iteration: int, history: list[list[float]]) -> None:
 
 
 def build_index(run: Run, folder: Path) -> None:
-    from pairdistill import digest
+    from checkpoints import digest
     from retrieve import MEASURED, Index
     Index.build(load_student(run, folder / "student"), run.data.passages, folder / "index",
                 passage_ids=run.data.passage_ids, student_digest=digest(folder / "student"), rank=run.ranks.rank,

@@ -78,7 +78,7 @@ class Classifier(nn.Module):
         t = self.tokenizer
         texts = list(dict.fromkeys(text for item in items for text in item))
         known = dict(zip(texts, t(texts, add_special_tokens=False, truncation=True, max_length=self.max_length,
-                                  verbose=False)["input_ids"])) if texts else {}
+                                  verbose=False)["input_ids"]))
         out = []
         for query, *passages in items:
             q = known[query][:self.query_length]
@@ -137,7 +137,6 @@ class Prompted(nn.Module):
     def __init__(self, model: nn.Module, tokenizer, role: str, family: str):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = 512 if family == "t5" else 1024  # OURS: for T5; the authors' duoT5 reads 360 tokens
         self.template, *answers = TEMPLATES[role, family]
         self.answers = []
         for answer in answers:
@@ -146,16 +145,22 @@ class Prompted(nn.Module):
                 raise ValueError(f"{tokenizer.name_or_path}: the answer {answer!r} is {len(ids)} tokens, not one, so its "
                                  f"probability cannot be read from one position: this model cannot be this teacher")
             self.answers += ids
+        # OURS: 512 for T5; the authors' duoT5 reads 360 tokens.
+        self.max_length = min(512 if family == "t5" else 1024, most_tokens(model.config))
         self.cut = self.cut_queries = 0  # those that were longer than what is read of them
 
     @property
     def prompt(self) -> str:
         return f"{self.template} {self.max_length} {self.tokenizer.chat_template or ''}"
 
+    @property
+    def chat(self) -> bool:
+        return bool(self.tokenizer.chat_template) and not self.model.config.is_encoder_decoder
+
     def _prompt(self, item: tuple[str, ...]) -> str:
         query, *passages = item
         text = self.template.format(q=query, **{f"d{n}": p for n, p in enumerate(passages)})
-        if self.tokenizer.chat_template and not self.model.config.is_encoder_decoder:
+        if self.chat:
             return self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
                                                       enable_thinking=False)  # Qwen3 and others: the answer comes at once
         return text
@@ -163,8 +168,7 @@ class Prompted(nn.Module):
     def sequences(self, items: list[tuple[str, ...]]) -> list[tuple[list[int], None]]:
         """Passages are cut, all alike, until the prompt fits, and a query that would take more than half of it is cut to that:
         its end, which asks the question, is never lost."""
-        special = not (self.tokenizer.chat_template and not self.model.config.is_encoder_decoder)
-        encode = lambda texts: self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        encode = lambda texts: self.tokenizer(texts, add_special_tokens=not self.chat, verbose=False)["input_ids"]
         ids = encode([self._prompt(item) for item in items])
         for n, item in enumerate(items):
             if len(ids[n]) <= self.max_length:
@@ -328,7 +332,8 @@ class Teacher:
         known = self.cache.get(keys) if self.cache is not None else {}
         missing = {key: item for key, item in zip(keys, items) if key not in known}
         self.read += len(missing)
-        return keys, known, list(missing), self.reader.sequences(list(missing.values()))
+        # A tokenizer takes no empty list.
+        return keys, known, list(missing), self.reader.sequences(list(missing.values())) if missing else []
 
     @torch.inference_mode()
     def _compute(self, todo: list[tuple[bytes, tuple]], bar: tqdm) -> Iterator[tuple[list[bytes], list[float]]]:

@@ -1008,7 +1008,7 @@ def test_passages_are_ragged_in_their_own_order_and_do_without_punctuation(encod
     assert offsets[0] == 0 and offsets[-1] == len(d) and offsets.dtype == torch.int32
     for n, text in enumerate(TEXTS[:5]):
         ids = student._ids([text], student.passage_marker, 20)[0]
-        kept = [i for i in ids if i not in student.skiplist.tolist()]
+        kept = [i for i in ids if not student.skipped[i]]
         alone, _ = student.encode_passages([text])
         assert offsets[n + 1] - offsets[n] == len(kept) == len(alone)
         assert torch.allclose(d[offsets[n]:offsets[n + 1]], alone, atol=1e-5)
@@ -1175,7 +1175,7 @@ def test_a_multi_vector_folder_is_the_same_student_as_one_with_our_settings(enco
     without = tmp_path / "without"  # there a word that is no token does not stand for [UNK]
     multi_vector_folder(encoder, without, **{"2_MultiVectorMask/config.json": {"skiplist_words": ["@", "the"]}})
     student = Student.from_pretrained(str(without))
-    assert student.skiplist.tolist() == [student.token_id("the")] and student.token_id("@") is None
+    assert student.skipped.nonzero().flatten().tolist() == [student.token_id("the")] and student.token_id("@") is None
     limited = tmp_path / "limited"
     multi_vector_folder(encoder, limited, **{"sentence_bert_config.json": {"query_expansion": None, "max_seq_length": 15}})
     student = Student.from_pretrained(str(limited))
@@ -2010,6 +2010,26 @@ def test_a_t5_is_asked_as_transformers_asks_it(t5, family, role, prompt, answers
         with torch.inference_mode():
             logits = model(**ids, decoder_input_ids=torch.tensor([[0]])).logits[0, -1]
         assert abs(score - float(logits[first] - logits[second])) < 1e-5
+
+
+def test_a_teacher_whose_scores_are_all_cached_computes_none(t5, tmp_path):
+    items = [("cat", *TEXTS[:2]), ("birds sing", TEXTS[2], TEXTS[5])]
+    scores = []
+    for _ in range(2):
+        teacher = teachers.load_pairwise("t5:" + t5[0], cache=teachers.Cache(tmp_path), dtype=torch.float32)
+        scores.append(teacher.prefer(items))
+    assert (scores[0] == scores[1]).all() and (teacher.asked, teacher.read) == (4, 0)
+
+
+def test_a_prompt_is_no_longer_than_the_models_positions(tmp_path, encoder):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer.add_tokens(["yes", "no"])
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=200, n_embd=32, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    teacher = teachers.load_pointwise(f"instruct:{tmp_path}", dtype=torch.float32)
+    assert np.isfinite(teacher.score([("cat", "the cat sat " * 200)])).all() and teacher.reader.cut == 1
 
 
 def test_a_long_prompt_keeps_its_end_and_both_passages_are_cut_alike(t5):
