@@ -33,7 +33,7 @@ def amounts(c, passages: int, train: int, labelled: int, held_out: int) -> dict[
     window = min(c.delta or kept, kept)  # a pair (i, j) has 0 < j - i < window
     pairs = min(c.n_pairs, sum(kept - gap for gap in range(1, window)))
     compared = min(c.rerank_pairs, depth)
-    queries = dict(evaluate=held_out, mine=min(labelled, max(c.teacher_batch // 2, 1) * c.teacher_steps), retrieve=train)
+    queries = dict(evaluate=held_out, mine=min(labelled, c.teacher_queries * c.teacher_steps), retrieve=train)
     steps = {"student": c.base_steps, "encoder": c.encoder_steps, "fit-pointwise": c.teacher_steps,
              "fit-pairwise": c.teacher_steps, "train": c.steps}
     questions = dict(teachers=held_out * (depth + orders * compared * (compared - 1) // 2), pointwise=train * k,
@@ -115,7 +115,7 @@ def dry_run(run, stages: list[str], row_of, ranks: int) -> None:
         for stage in stages:
             name, (writes, reads, _) = stage.split("/")[1], row_of(stage)
             (n, unit), (n_1, _), (n_2, _) = full[name], sizes[0][name], sizes[1][name]
-            where = ", ".join(p for p in reads if (run.out / p).exists() or any(p == row_of(s)[0][0] for s in stages))
+            where = ", ".join(p for p in reads if (run.out / p).exists() or any(p in row_of(s)[0] for s in stages))
             line = f"{stage:<20}{n:>12,} {unit:<10}"
             if run.done(stage):
                 print(f"{line} {'done before':>12}  {writes[0]}")

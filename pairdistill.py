@@ -79,7 +79,7 @@ class Student(nn.Module):
         self.expand = self.colbert and query_expansion
         self.query_marker, self.passage_marker = (self.token_id(m) if m else None for m in markers)
         if lacking := [m for m in markers if m and self.token_id(m) is None]:
-            raise ValueError(f"this tokenizer has no {' and no '.join(lacking)} for ColBERT's markers: pass markers=False")
+            raise ValueError(f"this tokenizer has no {' and no '.join(lacking)} for ColBERT's markers: pass markers=False, or --no-markers")
         ids = set(tokenizer.convert_tokens_to_ids(list(skiplist))) - {None}
         self.skipped = torch.zeros(max(len(tokenizer), encoder.config.vocab_size), dtype=torch.bool)  # [V], on the CPU
         self.skipped[sorted(ids)] = True

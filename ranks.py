@@ -139,7 +139,7 @@ def under_torchrun() -> bool:
 
 
 def cores() -> int:
-    """That this process may use: a container's or a scheduler's share."""
+    """That this process may use, by its affinity; a container's quota of time is not seen."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -65,7 +65,7 @@ class Config:
                         "bert-base-uncased, table 3")
     base_steps: int = option(0, "steps of iteration 0: L_CL alone, for a student that cannot retrieve yet", "0")
     base_batch: int = option(64, "queries of such a step, each with its labelled passage")
-    base_lr: float = option(1e-3, "its learning rate")
+    base_lr: float = option(1e-3, "its learning rate, for random weights; a pretrained encoder wants some 3e-5")
     pointwise: str = option("cross-encoder/ms-marco-MiniLM-L-6-v2", "Hub name or folder; scratch: trained on the labels, from "
                             "random weights; train:ENCODER: the same from this encoder", "MiniLM")
     pairwise: str = option("castorini/duot5-3b-msmarco", "the same; where both are trained from the same start, "
@@ -74,7 +74,7 @@ class Config:
     encoder_steps: int = option(100, "steps of training the scratch teachers' encoder to retrieve, by L_CL")
     teacher_steps: int = option(300, "steps of training each scratch or train: teacher")
     teacher_batch: int = option(64, "triplets of such a step: half as many queries, two passages or both orders of each")
-    teacher_lr: float = option(1e-3, "their learning rate")
+    teacher_lr: float = option(1e-3, "their learning rate, likewise")
     teacher_length: int = option(180, "tokens of a passage that such a teacher reads")
     retrieve_k: int = option(100, "passages retrieved for a training query", "100")
     train_queries: int = option(0, "training queries of an iteration, drawn anew in each; 0: all", "all 800K")
@@ -103,9 +103,19 @@ class Config:
     pair_reduction: str = option("mean", "L_pair over all pairs of the batch, or sum over a query's (as written)",
                                  "sum; authors' code: mean")
     eval_k: int = option(1000, "passages retrieved for an evaluation query", "1000")
-    bm25: bool = option(True, "rank by BM25 too, once: rank 0 holds 8 bytes for each word of the collection", "in table 1, cited")
+    bm25: bool = option(True, "rank by BM25 too, once: rank 0 holds some 30 bytes for each word of the collection", "in table 1, cited")
     rerank: int = option(100, "of them, how many the pointwise teacher reranks for the table; 0: no teacher rows", "in table 5, how many is not said")
-    rerank_pairs: int = option(10, "of those, how many the pairwise teacher then compares, each with each", "in table 5, how many is not said")
+    rerank_pairs: int = option(10, "of those, how many the pairwise teacher then compares, each with each; 0: no rows of its own", "in table 5, how many is not said")
+
+    @property
+    def teacher_queries(self) -> int:
+        """Of a step of training a teacher: each has two triplets, by two negatives or two orders."""
+        return max(self.teacher_batch // 2, 1)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the pairwise teacher is asked."""
+        return bool(min(self.rerank, self.rerank_pairs) > 1 or self.iters and self.n_pairs)
 
 
 GROUPS = {"data": "the run", "student": "the student", "base_steps": "iteration 0", "pointwise": "the teachers",
@@ -229,18 +239,18 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 4 or more, as [CLS], a marker and [SEP] count")
     if config.dim % 4:
         raise ValueError(f"--dim {config.dim}: expected a multiple of 4, as the index codes 4 dimensions in a byte")
-    if config.kept > config.retrieve_k:
+    if config.seed > 10**9:
+        raise ValueError(f"--seed {config.seed}: expected 1000000000 at most, as seeds of others are made from it in 32 and 64 bits")
+    if config.iters and config.kept > config.retrieve_k:
         raise ValueError(f"--kept {config.kept}: more than the --retrieve-k {config.retrieve_k} passages retrieved")
     if config.eval_k < 10:
         raise ValueError(f"--eval-k {config.eval_k}: expected 10 or more, for MRR@10 and nDCG@10")
     if config.iters and config.warmup >= config.steps:
         raise ValueError(f"--warmup {config.warmup}: of --steps {config.steps}, the learning rate would never come down; give less")
-    if config.n_pairs and (config.delta == 1 or config.kept == 1):
+    if config.iters and config.n_pairs and (config.delta == 1 or config.kept == 1):
         raise ValueError(f"--delta {config.delta} with --kept {config.kept}: there is no such pair; give 2 or more, or --n-pairs 0")
-    if config.iters and not (config.labels or config.positive == "teacher" or config.lambda_kd or config.lambda_pair):
-        raise ValueError("--no-labels with --lambda-kd 0 and --lambda-pair 0: no loss is left to train on")
     out = Path(config.out).absolute()
-    there = next(path for path in (out, *out.parents) if path.exists())
+    there = next(path for path in (out, *out.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {config.out}: {there} is {'not writable' if there.is_dir() else 'not a folder'}; name another one")
 
@@ -389,10 +399,13 @@ class Run:
         self.positives = {q: [self.number[p] for p, grade in sorted(labels.get(q, {}).items(), key=lambda x: -x[1]) if grade > 0]
                           for q in self.train_ids}
         self.labelled, teachers = sum(map(bool, self.positives.values())), (config.pointwise, config.pairwise)
+        if config.iters and not (self.labelled or config.positive == "teacher" or config.lambda_kd or config.lambda_pair and config.n_pairs):
+            raise ValueError(f"--lambda-kd {config.lambda_kd}, --lambda-pair {config.lambda_pair}, --n-pairs {config.n_pairs} and no labels: "
+                             f"no loss is left to train on")
         for name, kind, queries, used in (
                 ("batch", "", min(config.batch, config.train_queries or math.inf, len(self.train_ids)), config.iters),
                 ("base_batch", "labelled ", min(config.base_batch, self.labelled), config.base_steps or "scratch" in teachers),
-                ("teacher_batch", "labelled ", min(teacher_queries(config), self.labelled), any(map(is_trained, teachers)))):
+                ("teacher_batch", "labelled ", min(config.teacher_queries, self.labelled), any(map(is_trained, teachers)))):
             if used and queries < ranks.world:  # a rank without a query would leave the exchange of gradients
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a step has {queries} {kind}queries for {ranks.world} "
                                  f"rank{'s' * (ranks.world > 1)}; give more of them, fewer --gpus{', or trained models' * bool(kind)}")
@@ -485,7 +498,7 @@ class Run:
         specs = {split_spec(getattr(self.config, n).removeprefix("train:"))[1] for n in names
                  if n in ("student", "start", "pointwise", "pairwise")}
         paths = {name: self.out / name for name in reads} | {s: Path(s) for s in specs - {"", "scratch"} if Path(s).is_dir()}
-        # A file that was removed to save room is not compared.
+        # teachers/ and scratch/ are there only where they are trained here.
         now = {name: digest_of(path) for name, path in paths.items() if path.exists()}
         begun = self.begun(stage)
         then = self.made.get(stage, {}).get("files", now) if begun else {}
@@ -780,11 +793,6 @@ def is_trained(spec: str) -> bool:
     return spec == "scratch" or spec.startswith("train:")
 
 
-def teacher_queries(config: Config) -> int:
-    """Of a training step: each has two triplets, by two negatives or two orders."""
-    return max(config.teacher_batch // 2, 1)
-
-
 def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
     """A teacher learns from the labels, against passages that the student of iteration 0 finds (section 4.1)."""
     import teachers
@@ -799,7 +807,7 @@ def train_teacher(run: Run, role: str, iteration_0: Path) -> None:
         raise ValueError(f"--{role} {getattr(c, role)}: {len(groups)} labelled queries retrieved a passage that answers another one, "
                          f"too few to train a teacher; give more labels or a larger --retrieve-k, or name a teacher that is trained")
     common = dict(steps=c.teacher_steps, lr=c.teacher_lr, seed=c.seed, ranks=run.ranks, query_length=c.query_length or 32,
-                  passage_length=c.teacher_length, batch=teacher_queries(c))
+                  passage_length=c.teacher_length, batch=c.teacher_queries)
     spec, folder, twin = getattr(c, role), run.out / "teachers" / ("writing." + role), run.out / "teachers" / "pointwise"
     start = scratch(run, "teacher") if spec == "scratch" else spec.removeprefix("train:")
     if role == "pointwise":
@@ -849,7 +857,7 @@ def teacher_accuracy(run: Run, role: str) -> str:
 def mine(run: Run, iteration_0: Path) -> None:
     """What the student of iteration 0 finds for labelled queries, as many as a teacher's training sees."""
     queries = np.array([n for n, q in enumerate(run.train_ids) if run.positives[q]])
-    queries = np.random.default_rng(run.config.seed).permutation(queries)[:teacher_queries(run.config) * run.config.teacher_steps]
+    queries = np.random.default_rng(run.config.seed).permutation(queries)[:run.config.teacher_queries * run.config.teacher_steps]
     found = search(run, iteration_0, run.text([run.train_ids[q] for q in queries]), run.config.retrieve_k)[1]
     run.save(iteration_0 / "mined.npz", dict(queries=queries, positions=found))
 
@@ -865,17 +873,18 @@ def rerank_for_table(run: Run, iteration: int, pointwise, pairwise, folder: Path
     scores = np.where(mine < 0, -np.inf, pointwise.score(items, mine.size).reshape(mine.shape))  # -1: nothing was found there
     order = np.argsort(-scores, axis=1, kind="stable")
     by_point = np.take_along_axis(mine, order, 1)
-    n = min(c.rerank_pairs, depth)
-    i, j = np.triu_indices(n, 1)
-    items = ((text[r], passages[row[a]], passages[row[b]]) for r, row in zip(share, by_point) for a, b in zip(i, j))
-    p = np.where(by_point[:, j] < 0, 1, pairwise.prefer(items, len(mine) * len(i)).reshape(len(mine), len(i)))
-    wins = np.zeros((len(mine), n))
-    for column, (a, b) in enumerate(zip(i, j)):
-        wins[:, a] += p[:, column]
-        wins[:, b] += 1 - p[:, column]
-    by_pair = np.concatenate([np.take_along_axis(by_point, np.argsort(-wins, 1, kind="stable"), 1), by_point[:, n:]], 1)
-    rows = []
-    for system, top in (("pointwise", by_point), ("pairwise", by_pair)):
+    systems, n, rows = {"pointwise": by_point}, min(c.rerank_pairs, depth), []
+    if n > 1:
+        i, j = np.triu_indices(n, 1)
+        items = ((text[r], passages[row[a]], passages[row[b]]) for r, row in zip(share, by_point) for a, b in zip(i, j))
+        p = np.where(by_point[:, j] < 0, 1, pairwise.prefer(items, len(mine) * len(i)).reshape(len(mine), len(i)))
+        wins = np.zeros((len(mine), n))
+        for column, (a, b) in enumerate(zip(i, j)):
+            wins[:, a] += p[:, column]
+            wins[:, b] += 1 - p[:, column]
+        by_wins = np.argsort(-wins, 1, kind="stable")
+        systems["pairwise"] = np.concatenate([np.take_along_axis(by_point, by_wins, 1), by_point[:, n:]], 1)
+    for system, top in systems.items():
         top = np.concatenate([run.ranks.gather(torch.from_numpy(top)).numpy(), found[:, depth:]], 1)
         ranked = {q: {run.data.passage_ids[p]: float(-place) for place, p in enumerate(row) if p >= 0}
                   for q, row in zip(run.eval_ids, top)}
@@ -895,9 +904,10 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     from checkpoints import loading
     from teachers import Cache, known, load_pairwise, load_pointwise
     run = Run(config, preset, restart, ranks)
-    compares = bool(config.rerank or config.iters and config.n_pairs)  # else the pairwise teacher is not asked, nor loaded
-    starts = [config.start] * bool(config.start)
-    for role, asked in (("pointwise", config.iters or config.rerank), ("pairwise", compares)):  # now, not after days of indexing
+    if config.start and config.iters and not run.there("iter1/train"):  # now, not after days of indexing
+        load_student(run, config.start, config.architecture)
+    starts = []
+    for role, asked in (("pointwise", config.iters or config.rerank), ("pairwise", config.compares)):  # now, too
         spec = getattr(config, role)
         if spec.startswith("train:") and not (run.out / "teachers" / role).exists():
             starts.append(spec.removeprefix("train:"))
@@ -937,11 +947,11 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
             specs[role] = str(run.out / "teachers" / role)
             run.stage(0, "fit-" + role, lambda: train_teacher(run, role, folders[0]), lambda: teacher_accuracy(run, role))
     if not (config.iters or config.rerank):  # nothing is asked: table 1's zero-shot rows need no teacher
-        return finish(run) if ranks.first else None
+        return finish(run)
     cache = Cache(run.out / "teachers", f"scores{os.environ.get('GROUP_RANK', '0')}")  # torchrun's number of the machine
     show = lambda name: f"  {name}" if ranks.first else None
     pointwise = load_pointwise(specs["pointwise"], device=ranks.device, cache=cache, desc=show("pointwise"))
-    pairwise = compares and load_pairwise(specs["pairwise"], config.orders, device=ranks.device, cache=cache, desc=show("pairwise"))
+    pairwise = config.compares and load_pairwise(specs["pairwise"], config.orders, device=ranks.device, cache=cache, desc=show("pairwise"))
 
     def from_cache() -> str:
         asked, found = ranks.gather(torch.tensor([[cache.asked, cache.found]])).sum(0).tolist()
@@ -968,8 +978,7 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
                       **pair_summary(folder)) + from_cache())
         run.stage(t, "train", lambda: distill(run, t, previous, folder))
         index_and_evaluate(t)
-    if ranks.first:
-        finish(run)
+    finish(run)
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -981,6 +990,8 @@ def title_of(row: dict) -> str:
 
 
 def finish(run: Run) -> None:
+    if not run.ranks.first:
+        return
     rows = run.metrics()
     names = [m for m in rows[0] if m not in ("system", "iteration") and all(m in r for r in rows)]
     print(f"\n{len(run.eval_ids):,} held-out queries{'':<18}" + "".join(f"{m:>11}" for m in names))

@@ -2698,6 +2698,9 @@ def test_where_nothing_was_found_no_teacher_ranks_anything(tmp_path):
     pairwise = types.SimpleNamespace(prefer=lambda items, n: np.array([float(a == "p0") for _, a, b in items]))
     run.rerank_for_table(fake, 0, pointwise, pairwise, tmp_path)
     assert seen == [["p2", "p0"], ["p0", "p2"]]
+    fake.config.rerank_pairs = 1
+    run.rerank_for_table(fake, 0, pointwise, None, tmp_path)  # nothing to compare: no row
+    assert seen[2:] == [["p2", "p0"]]
 
 
 def test_a_step_with_fewer_queries_than_ranks_is_refused_before_anything_is_made(tmp_path):
@@ -2729,6 +2732,7 @@ def test_a_dry_run_tells_stages_counts_and_costs_and_writes_nothing(tmp_path, ca
     # 90 training queries, 8 passages and 4 pairs of each; 30 held-out queries, 6 passages and 3 pairs in both orders of each
     assert "720 to the pointwise teacher, 720 to the pairwise one, 360 for the table of both" in printed
     assert "--steps 20" in printed and "iter1/pairs.npz, iter0/student -> iter1/student" in printed
+    assert "iter0/evaluated.npz, teachers/pointwise, teachers/pairwise -> iter0/reranked.json" in printed
     assert re.search(r"\ndisk: [\d.]+ GB more .*\nmemory: [\d.]+ GB .*\ntime: [1-9]\d* s, by two small runs", printed)
 
 
@@ -2899,7 +2903,7 @@ def test_without_judgements_answers_are_looked_for_in_the_passages(encoder, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:.*cut at their end")
-def test_unlabelled_queries_another_start_and_the_teachers_favourite(tmp_path, trained_teachers, encoder):
+def test_unlabelled_queries_another_start_and_the_teachers_favourite(tmp_path, capsys, trained_teachers, encoder):
     """L_ZS on queries of a file; then L_CL with the teacher's best passage for a DPR that another student retrieves for."""
     folder, out = random_words_folder(tmp_path / "data"), tmp_path / "run"
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"_id": f"q{n}", "text": f"{n} balan bemor"}) + "\n" for n in range(16)))
@@ -2920,6 +2924,9 @@ def test_unlabelled_queries_another_start_and_the_teachers_favourite(tmp_path, t
     assert (examples["teacher"][:, 0] == examples["teacher"].max(1)).all()
     kinds = [json.loads((out / f"iter{t}" / "student" / "pairdistill.json").read_text())["architecture"] for t in (0, 1)]
     assert kinds == ["colbert", "dpr"]
+    command[command.index("--out") + 1], late = str(tmp_path / "late"), str(out / "iter0" / "student")
+    assert "gives a vector a token" in refused(capsys, *command, "--start", late, "--architecture", "dpr")
+    assert not (tmp_path / "late" / "iter0").exists()  # at once
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert all(r["cl"] > 0 == r["pair"] for r in log if "kd" in r)
 
@@ -2969,6 +2976,8 @@ def test_more_gpus_than_there_are_is_refused_with_their_number(capsys, monkeypat
                                          (["--dim", "50"], "--dim 50"), (["--query-length", "0"], "--query-length 0"),
                                          (["--warmup", "20"], "--warmup 20"), (["--out", "/dev/null/run"], "/dev/null is not a folder"),
                                          (["--no-labels", "--lambda-kd", "0", "--lambda-pair", "0"], "no loss is left"),
+                                         (["--no-labels", "--lambda-kd", "0", "--n-pairs", "0"], "no loss is left"),
+                                         (["--seed", "3000000000"], "--seed 3000000000"),
                                          (["--start", "nowhere"], "cannot load 'nowhere'"),
                                          (["--pairwise", "train:nowhere"], "cannot load 'nowhere'"),
                                          (["--no-labels", "--base-steps", "0"], "a step has 0 labelled queries for 1 rank"),
