@@ -7,7 +7,7 @@
                                  results/bench-tune.json
 
 A time is a median with quartiles, over rounds in which the contestants take turns, on inputs that rotate, with the
-second-level cache overwritten before each. "wall" includes Python and the launches; "gpu" is a CUDA graph's replay.
+second-level cache filled with other data before each. "wall" includes Python and the launches; "gpu" is a CUDA graph's replay.
 Memory is the peak beyond inputs and gradients. The roofline's share is the least time that the bytes and the arithmetic
 need, at the speeds of a large copy and a large matrix product measured in the same run, over the time taken. The errors
 (scores, gradients) are those against float64, looked at before anything is timed. The eager contestants get the layout
@@ -116,7 +116,7 @@ def contestants(shape: Shape) -> dict[str, Callable[[Batch], Tensor]]:
         q, d = asked(x.q, x.d_NLE.unflatten(0, blocks))
         if torch.is_grad_enabled():
             return flash_maxsim_batched_train(q, d, not shape.paired, x.length_N)
-        return flash_maxsim_batched(q, d, x.length_N, not shape.paired, pad_lq=False)  # 32 tokens would be multiplied as 128
+        return flash_maxsim_batched(q, d, x.length_N, not shape.paired, pad_lq=False)  # a DPR's one token would be multiplied as 32
 
     for name, peer in ("late-interaction-kernels", lik), ("flash-maxsim", flash):
         if importlib.util.find_spec(name.replace("-", "_")):
@@ -136,6 +136,7 @@ def forget_tuning() -> None:
             for kernel in vars(module).values():
                 if isinstance(kernel, mk.triton.runtime.Autotuner):
                     kernel.cache.clear()
+                    kernel.cache_results = False  # else what it noted on disk for the last shape is read again
 
 
 def passages(name: str, x: Batch) -> Tensor:
@@ -188,7 +189,7 @@ def loss_contestants() -> dict[str, Callable[[int], Tensor]]:
 
 def time_ms(functions: dict[str, Callable[[int], object]], seconds: float, on_gpu: bool = False) -> dict[str, list]:
     """{name: [median, lower quartile, upper quartile]}; a function's argument says which copy of the inputs to take."""
-    cache = torch.zeros(64 << 20 if GPU else 16 << 20, device=DEVICE)  # four bytes each
+    cache = torch.zeros(256 << 20 if GPU else 16 << 20, device=DEVICE)  # four bytes each: .25 ms of a GPU, in which to launch
     times, deadline = {name: [] for name in functions}, time.monotonic() + seconds
     for function in functions.values():
         for copy in range(COPIES):
@@ -226,6 +227,12 @@ def graph(function: Callable[[int], object], pool=None) -> Callable[[int], None]
     nobody reads may have one memory pool: each with its own would hold all contestants' similarities at once."""
     graphs = [torch.cuda.CUDAGraph() for _ in range(COPIES)]
     try:
+        function(0)
+        torch.cuda.set_sync_debug_mode("error")  # what waits is found here: a capture that fails spoils those after it
+        try:
+            function(0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         for copy, captured in enumerate(graphs):
             function(copy)
             with torch.cuda.graph(captured, pool=pool):
@@ -524,6 +531,10 @@ if __name__ == "__main__":
         if mk.triton is None or mk.INTERPRETED.value:
             sys.exit("--compile needs the package triton, and TRITON_INTERPRET unset")
         compile_all(arguments.targets)
+    elif not 0 <= arguments.seconds < float("inf"):
+        parser.error(f"--seconds {arguments.seconds}: expected 0 or more")
+    elif (there := next(p for p in arguments.out.absolute().parents if os.path.exists(p))).is_file():
+        parser.error(f"--out {arguments.out}: {there} is not a folder; name another one")
     elif arguments.tune:
         if not GPU:
             sys.exit("--tune needs a GPU")

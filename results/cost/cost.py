@@ -117,7 +117,11 @@ def main() -> int:
               "bash results/h200/collect.sh measures them, --predict shows what may be expected", file=sys.stderr)
         return 2
     else:
-        said = json.loads(args.measured.read_text())
+        try:
+            said = json.loads(args.measured.read_text())
+        except ValueError as error:
+            print(f"{args.measured} is no JSON ({error}): have results/h200/throughput.py write it again", file=sys.stderr)
+            return 2
         what = f"measured on {said['machine']}"
         if said["tiny"] or said["machine"].startswith("CPU"):
             what = f"no measurement ({said['machine']}{', tiny models' * said['tiny']}): this shows the arithmetic alone"

@@ -17,6 +17,7 @@ budget=${BUDGET:-530}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$out"
+export TRITON_CACHE_DIR=$scratch/triton TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu PATH=$PATH:/usr/local/cuda/bin
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' || echo 0)
 
@@ -43,8 +44,8 @@ gpu_step() {
     if ((gpus)); then step "$@"; else note "$1" "skipped: no CUDA device" 0; fi
 }
 
-compile_ahead() {  # what is launched below, on all cores at once; shape 7, the largest, has no kernels of its own
-    for n in 0 1 2 3 4 5 6 8 9; do
+compile_ahead() {  # what is launched below, on all cores at once
+    for n in {0..9}; do
         TORCHINDUCTOR_COMPILE_THREADS=1 timeout 100 "$python" bench.py --shapes $n --seconds 0 --out "$scratch/ahead$n" \
             > /dev/null 2>&1 &
     done
@@ -54,8 +55,9 @@ compile_ahead() {  # what is launched below, on all cores at once; shape 7, the 
 }
 
 if [ -n "$wheels" ]; then
-    step install 30 "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" \
-        "$wheels"/*.whl
+    # One by one: a wheel for another Python keeps none of the others out.
+    step install 60 sh -c 'for wheel in "$0"/*.whl; do "$1" -m pip install --quiet --no-index --no-deps --no-compile --target "$2" \
+        "$wheel" || code=1; done; exit ${code:-0}' "$wheels" "$python" "$scratch/site"
     export PYTHONPATH=$scratch/site
 fi
 step machine 20 sh -c "nvidia-smi; nproc; '$python' -m pip list 2>/dev/null | grep -iE '^(torch|triton|transformers|numpy|faiss|late|flash)'"
@@ -66,8 +68,8 @@ step machine 20 sh -c "nvidia-smi; nproc; '$python' -m pip list 2>/dev/null | gr
 gpu_step tests 110 "$python" -m pytest -q -p no:cacheprovider ${workers:-} test_pairdistill.py \
     -k "triton or by_hand or fused_head or longer_than_it_was"
 wait
-# Which of a peer's configurations is the fastest was just asked on a busy machine: it is to be asked again.
-find "${TRITON_CACHE_DIR:-$HOME/.triton/cache}" -name '*.autotune.json' -delete 2> /dev/null
+# Which of a peer's and of torch.compile's configurations is the fastest was just asked on a busy machine: it is to be asked again.
+find "$scratch" \( -name '*.autotune.json' -o -name '*.best_config' \) -delete
 throughput() {  # NAME LIMIT PART...
     local name=$1 limit=$2
     shift 2
@@ -82,7 +84,6 @@ step bench 120 "$python" bench.py --out "$out/bench" ${tiny:+--shapes 2} --secon
 # The parts of the loop at the paper's sizes
 throughput train 65 train
 throughput teachers 75 teachers
-throughput retrieve 90 encode retrieve
 if command -v compute-sanitizer > /dev/null; then  # each tensor in memory of its own, so that what lies beside it is not ours
     gpu_step sanitizer 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes application-only \
         --error-exitcode 9 "$python" results/h200/throughput.py kernels --tiny --out "$scratch/sanitizer.json" &
@@ -105,6 +106,7 @@ step docs 100 "$python" run.py --iters 2 --gpus 1 --out "$scratch/docs" ${tiny:+
 mkdir -p "$out/docs"
 for file in config.json log.jsonl metrics.json report.png; do cp "$scratch/docs/$file" "$out/docs/" 2> /dev/null; done
 wait
+throughput retrieve 90 encode retrieve
 step cost 20 "$python" results/cost/cost.py "$out/throughput.json" --out "$out/cost.json"
 
 # With the time that is left: the launch table

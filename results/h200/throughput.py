@@ -47,11 +47,6 @@ SMALL_BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, in
 SMALL_T5 = dict(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
 
 
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
 def forget() -> None:
     """Frees what the last model took, and counts the most memory held anew."""
     gc.collect()
@@ -167,7 +162,7 @@ def student_of(name: str, folder: str, args) -> Student:
 def encode(args, size: dict):
     import retrieve
     from teachers import made_lengths, made_texts
-    for name in BERTS:
+    for name in reversed(BERTS):  # the cost is of BERT-base
         with tempfile.TemporaryDirectory() as folder:
             student = student_of(name, folder, args)
         rng = np.random.default_rng(0)
@@ -184,7 +179,7 @@ def encode(args, size: dict):
 def training(args, size: dict):
     from teachers import made_lengths, made_texts
     B, K = size["B"], size["K"]
-    for name, full in itertools.product(BERTS, (True, False)):
+    for name, full in itertools.product(reversed(BERTS), (False, True)):  # the cost is of BERT-base, at MS MARCO's lengths
         student = None
         forget()
         with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +200,6 @@ def training(args, size: dict):
             train(student, queries, passages, examples, steps=steps, batch=B, lr=1e-5, warmup=0, temperature=1.0, tau=1.0,
                   lambda_kd=1.0, lambda_pair=3.0, pair_reduction="mean", seed=0, ranks=Ranks(device=DEVICE), desc=name,
                   note=lambda **row: said.append(row))
-            wait()
             return time.perf_counter() - start
 
         run(1)  # warms up
@@ -213,10 +207,10 @@ def training(args, size: dict):
         steps = int(np.clip(2 * size["seconds"] / two, 4, 60))
         whole = run(steps)
         each = max(whole - two, 1e-9) / (steps - 2)  # the first batch, which is tokenized while nothing runs, is in both
-        rates = {k: v * whole / steps / each for k, v in said[-1].items() if k != "steps"}
+        per_step = int(lengths.sum() / 2 + B * (3 * K + 9))
         yield {"model": name, "tokens a passage": "180" if full else "MS MARCO's", "queries": B, "passages a query": K,
-               "tokens/s": rates["tokens_per_second"], "share of peak": rates["share_of_peak"], "s a step": each,
-               "steps": steps, "tokens a step": int(lengths.sum() / 2 + B * (3 * K + 9)), "passages at once": min(student.chunk, B * K),
+               "tokens/s": per_step / each, "share of peak": said[-1]["share_of_peak"] * whole / steps / each, "s a step": each,
+               "steps": steps, "tokens a step": per_step, "passages at once": min(student.chunk, B * K),
                "tokenized tokens/s": tokenized, "gpu_gb": gpu_gb()}
 
 
@@ -231,7 +225,7 @@ def questions(args, size: dict):
                 teacher = load(bert(folder, name, args, head=role), device=DEVICE)
         else:
             teacher = duot5(name, args)
-        row = teachers.speed(teacher, role, size["seconds"], teachers.WINDOW if name in BERTS else 2048)  # two of them are asked
+        row = teachers.speed(teacher, role, size["seconds"], teachers.WINDOW if name in BERTS else 2048)  # three of them are asked
         weights = weights_a_token(teacher.reader.model)
         yield {"model": name, **row, "weights a token": weights, "share of peak": share_of_peak(2 * weights * row["tokens/s"]),
                "gpu_gb": gpu_gb()}

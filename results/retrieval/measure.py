@@ -169,6 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.out or not (args.predict or args.student and args.data):
         parser.error("--out and either --predict, or --student and --data, are needed")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.predict:
         args.out.write_text(json.dumps(rows := predict(args.predict), indent=1))
         return print(*(f"{r['cost']:<28}{r['value']:10.1f} {r['unit']:<6} (tokens^{r['power']:.2f})" for r in rows), sep="\n")

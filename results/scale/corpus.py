@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the corpus is made, or lies already; default: a temporary one")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder, start = args.folder or Path(temporary) / "corpus", time.perf_counter()
         if not folder.exists():
