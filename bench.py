@@ -533,7 +533,7 @@ if __name__ == "__main__":
         compile_all(arguments.targets)
     elif not 0 <= arguments.seconds < float("inf"):
         parser.error(f"--seconds {arguments.seconds}: expected 0 or more")
-    elif (there := next(p for p in arguments.out.absolute().parents if os.path.exists(p))).is_file():
+    elif not (there := next(p for p in arguments.out.absolute().parents if os.path.exists(p))).is_dir():
         parser.error(f"--out {arguments.out}: {there} is not a folder; name another one")
     elif arguments.tune:
         if not GPU:
