@@ -3316,11 +3316,17 @@ def test_the_readmes_prediction_follows_from_the_indexes_measured():
 def test_the_readmes_experiments_are_what_results_hold():
     compare, where = load_script("experiments/compare.py"), HERE / "results" / "experiments"
     readme = (HERE / "README.md").read_text()
-    for folder, marker in ((where, "<!-- results/experiments/ -->"), (where / "coded", "<!-- results/experiments/coded/ -->")):
-        said = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-        rows = [compare.line(row, one["metric"]) for one in said for row in one["rows"]]
-        _, _, *table = readme.split(marker + "\n")[1].split("\n\n")[0].splitlines()
-        assert rows and sorted(rows) == sorted(table)
+    said = [json.loads(file.read_text()) for file in where.glob("*.json")]
+    _, _, *table = readme.split("<!-- results/experiments/ -->\n")[1].split("\n\n")[0].splitlines()
+    assert said and sorted(compare.line(row, one["metric"]) for one in said for row in one["rows"]) == sorted(table)
+    near = lambda x: f"{abs(x):.3f}"
+    means = [[row[one["metric"]] for row in one["rows"]] for one in said]
+    known = {near(a - b) for rows in means for a in rows for b in [0, *rows]}
+    known |= {near(a - b) for one in said for a, b in zip(*(row["seeds"] for row in one["rows"][:2]))}
+    p_values = {f"p {row['p']:.3f}".replace("0.", ".") for one in said for row in one["rows"] if "p" in row}
+    p_values |= {f"p {row['p']:.2f}".replace("0.", ".") for one in said for row in one["rows"] if "p" in row}
+    prose = readme.split("experiments/experiments.png)")[1].split("```bash")[0]
+    assert set(re.findall(r"\b0\.\d{3}\b", prose)) <= known and set(re.findall(r"p \.\d+", prose)) <= p_values
     held_out = lambda log: {row["teacher"]: f"{row['held_out']:.1%}" for row in map(json.loads, (where / log).read_text().splitlines())
                             if "held_out" in row}.values()  # the last of each
     for number, name in enumerate(("first", "second", "third", "fourth", "fifth"), 1):
@@ -3367,23 +3373,23 @@ def test_the_readmes_other_figures_are_what_results_hold():
     assert all(" ".join(line(row).split()) in readme for row in [*cost["rows"], {"stage": "in all", "how": "", **cost}])
     exact, *indexes = [row for row in result("retrieval/scifact-dpr-coded.json")["rows"] if row["engine"] != "index, exact=True"]
     three = lambda form, name: "{}, {} and {}".format(*(form.format(row[name]) for row in indexes))
-    assert f"SciFact it has {three('{:.3f}', 'nDCG@10')} by codes, and {exact['nDCG@10']:.3f} uncoded" in readme
-    assert f"lost more, {three('{:.3f}', 'recall@100')} of the exact top 100 by three seeds" in readme
+    assert f"(nDCG@10 {three('{:.3f}', 'nDCG@10')}, uncoded {exact['nDCG@10']:.3f})" in readme
+    assert f"keeps less, {three('{:.3f}', 'recall@100')} of the exact top 100 by three seeds" in readme
     assert {row["recall@100"] for row in result("retrieval/scifact-dpr.json")["rows"]} == {1} and "and finds 1.000" in readme
-    seeds = [result(f"experiments/{name}.json")["rows"][n]["seeds"] for name, n in (("coded/squad-dpr", 3), ("coded/medquad-seeds", 2))]
-    assert ("the same untrained DPR has {:.3f}, {:.3f} and {:.3f} on SQuAD by three seeds, and {:.3f} and {:.3f} on MedQuAD"
-            .format(*sum(seeds, []))) in readme
-    (*squad, scifact), (a, b) = (result(f"experiments/known/asked-{n}.json") for n in (5, 4))
+    (*squad, scifact), fourth, fifth = (result(f"experiments/known/asked-{n}.json") for n in (5, 4, "medquad"))
     percent = lambda teacher: "{:.0%}, {:.0%} and {:.0%}".format(*(row[teacher] for row in squad))
     assert f"one passage that answers {percent('pairwise')} (the pointwise one, whose near neighbours they are, {percent('pointwise')})" in readme
     assert {f"{row['sure']:.2f}" for row in squad} == {"0.19"} and "and is 0.19 from 1/2 on average" in readme
     assert f"On SciFact it is as sure ({scifact['sure']:.2f})" in readme
-    assert (f"{a['pairwise']:.0%} and {b['pairwise']:.0%} in order, the pointwise one {a['pointwise']:.0%} and {b['pointwise']:.0%}.") in readme
-    assert f"p_ij + p_ji - 1 is {a['position bias']:+.2f} and {b['position bias']:+.2f})" in readme
-    assert f"{a['sure']:.2f} and {b['sure']:.2f} from 1/2 on average" in readme
-    _, lkd, _ = result("experiments/medquad.json")["rows"]
-    before, after, _ = result("experiments/medquad-lambda.json")["rows"]
-    assert f"in both seeds, 3 L_pair takes {lkd['difference']:.3f} " in readme
+    each = lambda rows, form, name: " and ".join(", ".join(form.format(row[name]) for row in rows).rsplit(", ", 1))
+    assert (f"of such pairs it puts {each(fifth, '{:.0%}', 'pairwise')} in order, the pointwise one {each(fifth, '{:.0%}', 'pointwise')}") in readme
+    assert (f"p_ij + p_ji - 1 is {each(fifth, '{:+.2f}', 'position bias')}, the fourth's {each(fourth, '{:+.2f}', 'position bias')})") in readme
+    assert f"is {each(fifth, '{:.2f}', 'sure')} from 1/2 on average" in readme
+    _, lkd, _ = result("experiments/medquad-4.json")["rows"]
+    before, after, _ = result("experiments/medquad-4-lambda.json")["rows"]
+    taken = [b - a for a, b in zip(*(row["seeds"] for row in result("experiments/medquad.json")["rows"][:2]))]
+    assert f"3 L_pair takes {taken[0]:.3f}, {taken[1]:.3f} and {taken[2]:.3f} in three seeds" in readme
+    assert f"took {lkd['difference']:.3f} in two seeds" in readme
     assert f"(seed 0: {after['nDCG@10']:.3f} against {before['nDCG@10']:.3f}, p .{round(100 * after['p']):02d})" in readme
     rows = [row for name in ("scifact", "squad", "medquad") for row in result(f"retrieval/{name}.json")["rows"]
             if row["engine"] == "index" and row["passages"] > 5000 and row["nDCG@10"]]
