@@ -2021,6 +2021,7 @@ def test_a_teacher_whose_scores_are_all_cached_computes_none(t5, tmp_path):
     assert (scores[0] == scores[1]).all() and (teacher.asked, teacher.read) == (4, 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*cut at their end")
 def test_a_prompt_is_no_longer_than_the_models_positions(tmp_path, encoder):
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
     tokenizer = AutoTokenizer.from_pretrained(encoder)
