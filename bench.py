@@ -302,7 +302,6 @@ def benchmark(shapes: list[Shape], out: Path, seconds: float) -> None:
     speeds = ceilings()
     about = dict(machine=machine, dtype=str(DTYPE), torch=torch.__version__, commit=commit(),
                  triton=getattr(mk.triton, "__version__", None), bytes_per_ms=speeds[0], flops_per_ms=speeds[1])
-    out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{machine}, {DTYPE}; copy {speeds[0] / 1e6:.0f} GB/s, matrix product {speeds[1] / 1e9:.2f} TFLOP/s\n")
     table = "{:27}{:18}{:26}{:>10}{:>18}{:>9}{:>10}{:>10}{:>8}  {}".format
     print(table("shape", "what", "who", "wall ms", "quartiles", "gpu ms", "extra MB", "roofline", "ours is",
@@ -485,7 +484,6 @@ def tune(out: Path, seconds: float) -> None:
     gathers = list(itertools.product((8, 16, 32, 64), (2, 4, 8)))
     kernels = (forward, tiles), (forward_backward, tiles), (forward_backward, gathers)
     found = dict(machine=torch.cuda.get_device_name(), torch=torch.__version__, triton=mk.triton.__version__, launch={}, times=[])
-    out.parent.mkdir(parents=True, exist_ok=True)
     for dtype in (torch.bfloat16, torch.float32):
         key = (capability, dtype.itemsize, 128)
         row = list(mk.LAUNCH.get(key) or mk.LAUNCH[0, *key[1:]])
@@ -533,11 +531,14 @@ if __name__ == "__main__":
         compile_all(arguments.targets)
     elif not 0 <= arguments.seconds < float("inf"):
         parser.error(f"--seconds {arguments.seconds}: expected 0 or more")
-    elif not (there := next(p for p in arguments.out.absolute().parents if os.path.exists(p))).is_dir():
-        parser.error(f"--out {arguments.out}: {there} is not a folder; name another one")
-    elif arguments.tune:
-        if not GPU:
-            sys.exit("--tune needs a GPU")
-        tune(arguments.out, arguments.seconds)
+    elif arguments.tune and not GPU:
+        sys.exit("--tune needs a GPU")
     else:
-        benchmark([SHAPES[n] for n in arguments.shapes], arguments.out, arguments.seconds)
+        try:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {arguments.out}: {error}; name another one")
+        if arguments.tune:
+            tune(arguments.out, arguments.seconds)
+        else:
+            benchmark([SHAPES[n] for n in arguments.shapes], arguments.out, arguments.seconds)

@@ -837,7 +837,7 @@ def _open(args: argparse.Namespace):
 def _newest(run: Path) -> tuple[Path, Path, str]:
     """A run's newest student that has an index -> the student's folder, the index's, and the collection's name."""
     try:
-        data = json.loads((run / "config.json").read_text())["data"] + ""
+        data = os.fspath(json.loads((run / "config.json").read_text())["data"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is not a run's folder: it has no config.json that names its data") from None
     finished = [folder for folder in run.glob("iter[0-9]*")

@@ -906,16 +906,13 @@ def iterate(config: Config, preset: str, restart: str | None, ranks) -> None:
     run = Run(config, preset, restart, ranks)
     if config.start and config.iters and not run.there("iter1/train"):  # now, not after days of indexing
         load_student(run, config.start, config.architecture)
-    starts = []
     for role, asked in (("pointwise", config.iters or config.rerank), ("pairwise", config.compares)):  # now, too
         spec = getattr(config, role)
         if spec.startswith("train:") and not (run.out / "teachers" / role).exists():
-            starts.append(spec.removeprefix("train:"))
+            with loading(name := spec.removeprefix("train:")):
+                AutoConfig.from_pretrained(name, trust_remote_code=False)
         elif asked and not is_trained(spec):
             known(spec, role)
-    for name in starts:
-        with loading(name):
-            AutoConfig.from_pretrained(name, trust_remote_code=False)
     folders = [run.out / f"iter{t}" for t in range(config.iters + 1)]
     for folder in (*folders, run.out / "teachers") if ranks.first else ():
         folder.mkdir(exist_ok=True)

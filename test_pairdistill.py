@@ -3324,8 +3324,7 @@ def test_the_readmes_experiments_are_what_results_hold():
     means = [[row[one["metric"]] for row in one["rows"]] for one in said]
     known = {near(a - b) for rows in means for a in rows for b in [0, *rows]}
     known |= {near(a - b) for one in said for a, b in zip(*(row["seeds"] for row in one["rows"][:2]))}
-    p_values = {f"p {row['p']:.3f}".replace("0.", ".") for one in said for row in one["rows"] if "p" in row}
-    p_values |= {f"p {row['p']:.2f}".replace("0.", ".") for one in said for row in one["rows"] if "p" in row}
+    p_values = {f"p {row['p']:.{n}f}".replace("0.", ".") for one in said for row in one["rows"] if "p" in row for n in (2, 3)}
     prose = readme.split("experiments/experiments.png)")[1].split("```bash")[0]
     assert set(re.findall(r"\b0\.\d{3}\b", prose)) <= known and set(re.findall(r"p \.\d+", prose)) <= p_values
     held_out = lambda log: {row["teacher"]: f"{row['held_out']:.1%}" for row in map(json.loads, (where / log).read_text().splitlines())
@@ -3383,7 +3382,7 @@ def test_the_readmes_other_figures_are_what_results_hold():
     assert {f"{row['sure']:.2f}" for row in squad} == {"0.19"} and "and is 0.19 from 1/2 on average" in readme
     assert f"On SciFact it is as sure ({scifact['sure']:.2f})" in readme
     each = lambda rows, form, name: " and ".join(", ".join(form.format(row[name]) for row in rows).rsplit(", ", 1))
-    assert (f"of such pairs it puts {each(fifth, '{:.0%}', 'pairwise')} in order, the pointwise one {each(fifth, '{:.0%}', 'pointwise')}") in readme
+    assert (f"of such pairs it puts {each(fifth, '{:.0%}', 'pairwise')} in order, the pointwise one {each(fifth, '{:.0%}', 'pointwise')}.") in readme
     assert (f"p_ij + p_ji - 1 is {each(fifth, '{:+.2f}', 'position bias')}, the fourth's {each(fourth, '{:+.2f}', 'position bias')})") in readme
     assert f"is {each(fifth, '{:.2f}', 'sure')} from 1/2 on average" in readme
     _, lkd, _ = result("experiments/medquad-4.json")["rows"]
